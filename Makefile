@@ -1,0 +1,31 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# One compilation cache for tests and demo: JAX compile time dominates both.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
+
+.PHONY: demo test lint format clean
+
+demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
+	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
+
+test: .venv/.installed  ## lint, types, unit tests, doctests and the notebook
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .cache results

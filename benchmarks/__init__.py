@@ -1,0 +1,1 @@
+"""Comparisons of the strategies on real data: `python -m benchmarks.compare --help`."""

@@ -1,0 +1,212 @@
+"""What every link of a chain does: receive a Jacobian, check options, hand on an update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from mtl_optax.jacobian import Jacobian, as_jacobian
+
+
+def link(
+    init_fn: Any,
+    update_fn: Callable[..., tuple[Any, Any]],
+    num_tasks: int | None = None,
+    *,
+    several: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """A link of a chain from what it does to a Jacobian.
+
+    Args:
+      init_fn: `init_fn(params)` returns the state.
+      update_fn: `update_fn(jacobian, state, **extra_args)` returns a Jacobian (a balancer) or one
+        gradient (an aggregator), and the new state.
+      num_tasks: the K that the Jacobian must have; None takes any.
+      several: whether `update_fn` takes a tuple of Jacobians, one a batch.
+    """
+    get = receive_all if several else receive
+
+    def update(updates, state, params=None, *, losses=None, **extra_args) -> Any:
+        result, state = update_fn(get(updates, losses, num_tasks), state, **extra_args)
+        return result if isinstance(result, Jacobian) else conform(result, params), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: _unshared(init_fn(params)), update)
+
+
+def _unshared(state: Any) -> Any:
+    """The state with no array in two places: JAX refuses to donate the same buffer twice."""
+    leaves, treedef = jax.tree.flatten(state)
+    seen = set()
+    for i, leaf in enumerate(leaves):
+        if id(leaf) in seen:
+            leaves[i] = jnp.copy(leaf)
+        seen.add(id(leaf))
+    return treedef.unflatten(leaves)
+
+
+def receive(updates: Any, losses: Any = None, num_tasks: int | None = None) -> Jacobian:
+    """What a link makes of the `updates` and `losses=` that it is given, checked.
+
+    A `Jacobian` may come alone or as the one entry of a container, as `flax.nnx.Optimizer` hands
+    it on; or as the tree that `jax.jacrev` returns, together with the losses.
+    """
+    is_jacobian = lambda x: isinstance(x, Jacobian)  # noqa: E731
+    leaves = jax.tree.leaves(updates, is_leaf=is_jacobian)
+    if len(leaves) == 1 and is_jacobian(leaves[0]):
+        jacobian = leaves[0]
+    elif len(leaves) > 1 and all(map(is_jacobian, leaves)):
+        raise TypeError(
+            f"a multi-task strategy got the Jacobians of {len(leaves)} batches, expected one: pass "
+            "one of them (only strategies of several batches, such as mtl.modo, take a tuple)"
+        )
+    elif losses is None:
+        raise TypeError(
+            f"a multi-task strategy got {_describe(updates)}, expected the Jacobian of K losses: "
+            "pass the one from mtl.value_and_jac(loss_fn)(params, ...), or what "
+            "jax.jacrev(loss_fn) returns together with losses=. If this strategy stands in a "
+            "chain, an aggregator before it has already combined the rows: keep exactly one "
+            "aggregator, with every balancer before it and the optimizer after it"
+        )
+    else:
+        jacobian = as_jacobian(updates, losses)
+    if num_tasks is not None and jacobian.num_tasks != num_tasks:
+        raise ValueError(
+            f"got {jacobian.num_tasks} task losses {jacobian.names}, expected "
+            f"num_tasks={num_tasks}: build the strategy with num_tasks={jacobian.num_tasks}, or "
+            f"return {num_tasks} losses"
+        )
+    return jacobian
+
+
+def receive_all(
+    updates: Any, losses: Any = None, num_tasks: int | None = None
+) -> tuple[Jacobian, ...]:
+    """What a link for several batches makes of its `updates`: one Jacobian a batch."""
+    leaves = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, Jacobian))
+    if leaves and all(isinstance(leaf, Jacobian) for leaf in leaves):
+        return tuple(receive(jacobian, None, num_tasks) for jacobian in leaves)
+    return (receive(updates, losses, num_tasks),)
+
+
+def _describe(tree: Any) -> str:
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    more = ", ..." if len(shapes) > 3 else ""
+    leaves = ", ".join(str(shape) for shape in shapes[:3])
+    return f"a plain {type(tree).__name__} with {len(shapes)} leaves of shapes {leaves}{more}"
+
+
+def conform(update: Any, params: Any) -> Any:
+    """An update in the structure of the parameters that the optimizer sees.
+
+    They differ under `flax.nnx.Optimizer`, which strips its variables down to arrays.
+    """
+    if params is None or jax.tree.structure(update) == jax.tree.structure(params):
+        return update
+    leaves, treedef = jax.tree.flatten(params)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if shapes != [jnp.shape(leaf) for leaf in jax.tree.leaves(update)]:
+        raise ValueError(
+            f"the gradient has the structure {jax.tree.structure(update)}, expected that of the "
+            f"parameters, {treedef}: pass to update() the params that were differentiated"
+        )
+    return treedef.unflatten(jax.tree.leaves(update))
+
+
+def check_num_tasks(num_tasks: int) -> None:
+    """Raises unless `num_tasks` is a static, positive integer."""
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+        raise TypeError(
+            f"num_tasks is {num_tasks!r}, expected a Python int: it shapes the state and is static "
+            '(with optax.inject_hyperparams, name it in static_args=("num_tasks",))'
+        )
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks={num_tasks}, expected at least 1: the number of losses")
+
+
+def is_traced(value: Any) -> bool:
+    """Whether an option is known only when the program runs, as under `inject_hyperparams`."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+
+
+def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: str) -> None:
+    """Raises unless a numeric option is in its range; traced values pass unchecked."""
+    if is_traced(value):
+        return
+    if not all(np.all(valid(np.asarray(leaf))) for leaf in jax.tree.leaves(value)):
+        raise ValueError(f"{name}={value}, expected {expected}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises unless every leaf of an option is one of the choices."""
+    for leaf in jax.tree.leaves(value):
+        if leaf not in choices:
+            raise ValueError(f"{name}={leaf!r}, expected one of {choices}")
+
+
+def check_key(key: Any) -> None:
+    """Raises unless `key` is a typed random key."""
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(
+            f"key={key!r}, expected a typed random key: pass key=jax.random.key(0) "
+            "(jax.random.wrap_key_data makes one of an old-style uint32 key)"
+        )
+
+
+def per_task(name: str, value: Any, jacobian: Jacobian) -> jax.Array:
+    """A per-task option as a `(K,)` array of the losses' precision."""
+    leaves = per_task_leaves(name, value, jacobian)
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]).astype(jacobian.dtype)
+
+
+def preference_vector(given: Any, default: Any, jacobian: Jacobian) -> jax.Array:
+    """A preference as `(K,)`, the default where none is given."""
+    return per_task("preference", default if given is None else given, jacobian)
+
+
+def per_task_leaves(name: str, value: Any, jacobian: Jacobian) -> list[Any]:
+    """An option's leaves: one value for all tasks, or K in their order, or a tree like them."""
+    leaves, structure = jax.tree.flatten(value)
+    size = lambda leaf: getattr(leaf, "size", 1)  # noqa: E731
+    if structure.num_leaves == structure.num_nodes == 1 and size(value) == 1:
+        return [value] * jacobian.num_tasks
+    in_order = isinstance(value, list | tuple) or hasattr(value, "shape")
+    alike = in_order or structure == jax.tree.structure(jacobian.losses)
+    if not alike or sum(map(size, leaves)) != jacobian.num_tasks:
+        raise ValueError(
+            f"{name}={value!r} does not fit the tasks {jacobian.names}: expected one value for "
+            f"all, or {jacobian.num_tasks} in that order, or a tree like the losses"
+        )
+    return leaves
+
+
+def task_position(option: str, task: int | str, names: tuple[str, ...]) -> int:
+    """The position of a task that an option names, or gives by its position."""
+    if task in names:
+        return names.index(task)
+    if isinstance(task, int) and -len(names) <= task < len(names):
+        return task % len(names)
+    raise ValueError(f"{option}={task!r}, expected one of the tasks {names} or its position")
+
+
+def keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` where it is finite, else `old`: a NaN task must not poison a strategy's state."""
+    return jnp.where(jnp.isfinite(new), new, old)
+
+
+def task_zeros(num_tasks: int, params: Any) -> Any:
+    """State that holds a row a task: zeros `(K, *param.shape)`, at least float32."""
+    if not jax.tree.leaves(params):
+        raise ValueError(
+            "init got no parameters, expected those that are trained: this link keeps a row a "
+            "task, shaped as they are, so call tx.init(params)"
+        )
+
+    def zeros(leaf):
+        dtype = jnp.promote_types(jnp.float32, jnp.result_type(leaf))
+        return jnp.zeros((num_tasks, *jnp.shape(leaf)), dtype)
+
+    return jax.tree.map(zeros, params)

@@ -1,0 +1,92 @@
+"""Aligned-MTL: the mean after the singular values of the Jacobian are made equal."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_choice, preference_vector
+from mtl_optax.aggregators._base import (
+    check_preference,
+    factors,
+    relative_norms,
+    solved_aggregator,
+)
+from mtl_optax.solvers._base import dot
+
+SCALES = ("min", "median", "rmse")
+
+
+def aligned_mtl(
+    num_tasks: int, *, scale: str = "min", preference: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces the Jacobian by its nearest one of condition number 1, then averages.
+
+    .. math:: d = J^\top \sigma\, (J J^\top)^{-1/2} p
+
+    The aligned rows are orthogonal and of one length σ, so none conflicts and none dominates. The
+    inverse root is a pseudo-inverse: singular values that unit rows leave at the level of rounding
+    are dropped, those of rows that are merely small are not. Zero rows are left out.
+
+    Small singular values are found to rounding whatever the norms of the rows (from 1e-4 to 1e4 and
+    beyond in float32); what the Gramian loses is those of nearly dependent unit rows. The aligned
+    rows do not conflict with one another; the update may with a row that the alignment turned far.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      scale: σ; of the kept singular values the smallest (`"min"`, as the paper), the lower median
+        (`"median"`) or the root mean square (`"rmse"`).
+      preference: p, a non-negative number or one a task; None is 1/K.
+
+    Returns:
+      An aggregator: Jacobian in, gradient out. Update scale: that of a mean of orthogonal rows of
+      length σ; with `"min"` often far shorter than the mean. Its state counts the updates that
+      could not be solved, as with NaN rows: uniform weights 1/K.
+
+    Raises:
+      ValueError: if `num_tasks` < 1, `scale` is none of the three, a preference is negative, or the
+        losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> losses, jac = mtl.value_and_jac(lambda w: J @ w)(jnp.zeros(3))
+      >>> tx = mtl.aligned_mtl(num_tasks=2)
+      >>> updates, state = tx.update(jac, tx.init(jnp.zeros(3)))
+      >>> [round(x, 4) for x in updates.tolist()]
+      [0.2133, 0.9673, 0.9673]
+
+    References:
+      Senushkin et al., `Independent Component Alignment for Multi-Task Learning
+      <https://arxiv.org/abs/2305.19000>`_, 2023, sec. 3.3 ("min"; the other two are TorchJD's).
+    """
+    check_choice("scale", scale, SCALES)
+    check_preference(preference)
+
+    def solve(jacobian):
+        cosines, norms = jacobian.correlation()
+        shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
+        relative, _ = relative_norms(norms)
+        # Longest rows first: of a matrix graded so the SVD finds the small singular values to
+        # rounding, where with the rows in another order it loses those below eps times the largest.
+        order = jnp.argsort(-relative)
+        relative, shares = relative[order], shares[order]
+        values, vectors, kept = factors(cosines[order][:, order])
+        # J = A Wᵀ with orthonormal W: the singular values of A, not the roots of the eigenvalues of
+        # A Aᵀ, lest the spread of the norms be squared.
+        root = relative[:, None] * vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]
+        left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(root), root, 0))
+        rank = jnp.sum(kept)
+        kept = (jnp.arange(num_tasks) < rank) & (singular > 0)
+        divisor = jnp.where(kept, singular, 1)
+        sigma = {
+            "min": lambda: divisor[rank - 1],
+            "median": lambda: divisor[rank // 2],
+            "rmse": lambda: jnp.sqrt(jnp.sum(jnp.where(kept, singular, 0) ** 2) / rank),
+        }[scale]()
+        weights = dot(left, jnp.where(kept, sigma / divisor, 0) * dot(shares, left))
+        weights = jnp.where(rank > 0, weights, 0)[jnp.argsort(order)]
+        return weights, jnp.all(jnp.isfinite(norms))
+
+    return solved_aggregator(num_tasks, solve)

@@ -1,0 +1,102 @@
+"""What the aggregators that solve for K weights share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, check_option, link
+from mtl_optax.jacobian import Jacobian
+from mtl_optax.solvers._base import dot
+
+
+class SolvedState(NamedTuple):
+    """State of the aggregators that solve for the weights of the rows."""
+
+    weights: jax.Array  # (K,) float32, of the rows in the last update
+    fallbacks: jax.Array  # () int32, updates that could not be solved: uniform weights
+
+
+def solved_aggregator(
+    num_tasks: int,
+    solve: Callable[[Jacobian], tuple[jax.Array, jax.Array]],
+    uniform: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The aggregator d = Jᵀw of a function from the Jacobian to `(w, solved)`.
+
+    Args:
+      num_tasks: number of tasks K.
+      solve: returns `(K,)` weights and whether they are the answer.
+      uniform: the weight of every task where they are not, or are not finite in float32; None is
+        1/K.
+    """
+    check_num_tasks(num_tasks)
+    uniform = 1 / num_tasks if uniform is None else uniform
+
+    def init_fn(params):
+        del params
+        return SolvedState(jnp.full(num_tasks, uniform, jnp.float32), jnp.zeros([], jnp.int32))
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        weights, solved = solve(jacobian)
+        solved &= jnp.all(jnp.isfinite(weights.astype(jnp.float32)))
+        weights = jnp.where(solved, weights, jnp.asarray(uniform, weights.dtype))
+        update = jacobian.combine(weights)
+        fallbacks = state.fallbacks + ~solved
+        return update, SolvedState(weights.astype(jnp.float32), fallbacks)
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+def check_preference(preference: Any) -> None:
+    """Raises unless a preference is None or non-negative."""
+    if preference is not None:
+        check_option("preference", preference, lambda p: p >= 0, "non-negative weights, or None")
+
+
+def relative_norms(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norms over their largest, at most 1, and that largest, 1 if all are 0."""
+    largest = jnp.max(norms)
+    largest = jnp.where(largest > 0, largest, 1)
+    return norms / largest, largest
+
+
+def raw_weights(coefficients: jax.Array, norms: jax.Array) -> jax.Array:
+    """Coefficients of the unit rows as weights of the rows; a zero row gets none."""
+    return jnp.where(norms > 0, coefficients / jnp.where(norms > 0, norms, 1), 0)
+
+
+class SymmetricFactors(NamedTuple):
+    """Eigenvalues and vectors of a correlation matrix, those of rounding marked."""
+
+    values: jax.Array  # (K,) ascending
+    vectors: jax.Array  # (K, K), in columns
+    kept: jax.Array  # (K,) bool, the eigenvalues above rounding
+
+
+def factors(cosines: jax.Array) -> SymmetricFactors:
+    """The eigendecomposition that decides the rank relative to the largest eigenvalue.
+
+    On unit rows: a task is not taken for dependent because its gradient is small.
+    """
+    # LAPACK may hang or trap on NaN.
+    values, vectors = jnp.linalg.eigh(jnp.where(jnp.isfinite(cosines), cosines, 0))
+    tolerance = values.size * jnp.finfo(values.dtype).eps * values[-1]
+    return SymmetricFactors(values, vectors, values > tolerance)
+
+
+def pseudo_solve(cosines: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """C⁺b, by the eigendecomposition.
+
+    Returns:
+      The solution, and its `(K,)` uncertainty from the rounding of C.
+    """
+    values, vectors, kept = factors(cosines)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    components = dot(rhs, vectors)
+    eps = jnp.finfo(values.dtype).eps
+    noise = eps * rhs.size * jnp.linalg.norm(rhs) * dot(jnp.abs(vectors), inverse)
+    return dot(vectors, inverse * components), noise

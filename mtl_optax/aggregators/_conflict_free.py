@@ -1,0 +1,73 @@
+"""ConFIG: the conflict-free direction with chosen cosines to all task gradients."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import preference_vector
+from mtl_optax.aggregators._base import (
+    check_preference,
+    pseudo_solve,
+    raw_weights,
+    relative_norms,
+    solved_aggregator,
+)
+from mtl_optax.solvers._base import dot
+
+
+def conflict_free(
+    num_tasks: int, *, preference: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Combines the rows to one direction of equal cosine with all of them (ConFIG).
+
+    .. math:: v = U^+ p, \quad d = \Big(\sum_k \big\langle g_k, \tfrac{v}{\|v\|}\big\rangle\Big)
+              \frac{v}{\|v\|}, \quad u_k = g_k / \|g_k\|
+
+    All cosines are positive wherever independent rows allow it. The length is the sum of the rows'
+    projections, so it shrinks as rows conflict. In terms of the cosines C of the rows the direction
+    is :math:`U^\top C^+ p`: the Gramian suffices. Zero rows have no direction and are left out.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      preference: p, the cosines asked for up to a common factor, a non-negative number or one a
+        task; None is 1.
+
+    Returns:
+      An aggregator: Jacobian in, gradient out. Update scale: sum-like, no longer than the rows'
+      norms together. Its state counts the updates where the direction is lost in rounding
+      (antiparallel rows, alone) or rows are NaN: uniform weights 1, the sum.
+
+    Raises:
+      ValueError: if `num_tasks` < 1, a preference is negative, or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> losses, jac = mtl.value_and_jac(lambda w: J @ w)(jnp.zeros(3))
+      >>> tx = mtl.conflict_free(num_tasks=2)
+      >>> updates, state = tx.update(jac, tx.init(jnp.zeros(3)))
+      >>> [round(x, 4) for x in updates.tolist()]
+      [0.1588, 2.0706, 2.0706]
+
+    References:
+      Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
+      <https://arxiv.org/abs/2408.11104>`_, 2024, eq. 2-3.
+    """
+    check_preference(preference)
+
+    def solve(jacobian):
+        cosines, norms = jacobian.correlation()
+        relative, _ = relative_norms(norms)
+        aims = preference_vector(preference, 1.0, jacobian).astype(norms.dtype)
+        aims = jnp.where(norms > 0, aims, 0)
+        coefficients, noise = pseudo_solve(cosines, aims)
+        reached = dot(cosines, coefficients)
+        square = jnp.vdot(coefficients, reached)
+        solved = (square > jnp.vdot(noise, jnp.abs(aims))) & jnp.all(jnp.isfinite(norms))
+        length = jnp.vdot(relative, reached) / jnp.where(square > 0, square, 1)
+        nothing = (jnp.max(norms) == 0) | (jnp.max(aims) == 0)
+        return length * raw_weights(coefficients, relative), solved | nothing
+
+    return solved_aggregator(num_tasks, solve, 1.0)

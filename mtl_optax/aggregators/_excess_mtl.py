@@ -1,0 +1,110 @@
+"""ExcessMTL: weight a task by how far it still is from its own optimum."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
+
+
+class ExcessMtlState(NamedTuple):
+    """State of `excess_mtl`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    log_weights: jax.Array  # (K,) float32, of which they are the softmax
+    initial_risk: jax.Array  # (K,) float32, mean excess risk of the warm-up
+    root_sums: Any  # like the parameters, leaves (K, *param.shape), roots of the sums of squares
+    count: jax.Array  # () int32, updates so far
+
+
+def excess_mtl(
+    num_tasks: int, *, step_size: float = 1.0, warmup: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    r"""Raises the weights of tasks with a high excess risk, by exponentiated gradient.
+
+    .. math:: H_k = \sqrt{\textstyle\sum_{s \le t} g_{k,s}^2}, \quad
+              E_k = g_k^\top \mathrm{diag}(H_k)^{-1} g_k, \quad
+              w_k \leftarrow \frac{w_k e^{\eta E_k / E_k(0)}}{\sum_j w_j e^{\eta E_j / E_j(0)}}
+
+    The excess risk E, a second-order estimate of the loss less the least that the task could reach,
+    does not grow with label noise as the loss does. Sums run over the shared parameters. Weights
+    are even during the warm-up, whose mean risk is E(0). The state holds K rows.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      step_size: eta > 0.
+      warmup: updates of the warm-up, at least 1; the paper takes three epochs.
+
+    Returns:
+      An aggregator: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1).
+
+    Raises:
+      ValueError: if `num_tasks` < 1, an option is out of range, the losses are not K, or `init`
+        gets no parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.excess_mtl(num_tasks=2)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for J in ([[1.0], [1.0]], [[1.0], [0.1]]):
+      ...     update, state = tx.update(jnp.array(J), state, losses=jnp.ones(2))
+      >>> [round(w, 4) for w in state.weights.tolist()]
+      [0.6676, 0.3324]
+
+    Differs from:
+      The paper's H has an epsilon inside the root, so its weights depend on the units of the
+      losses; here an entry without any gradient so far counts 0. A task without risk in the warm-up
+      keeps a ratio of 1. The official code starts from weights of 1, whose sum drops from K to 1 at
+      the first step.
+
+    References:
+      He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_,
+      ICML 2024, eqs. 6-9.
+    """
+    check_num_tasks(num_tasks)
+    check_option("step_size", step_size, lambda x: x > 0, "more than 0")
+    check_option("warmup", warmup, lambda x: x >= 1, "at least 1")
+
+    def init_fn(params):
+        zeros = jnp.zeros(num_tasks, jnp.float32)
+        roots = task_zeros(num_tasks, params)
+        return ExcessMtlState(zeros + 1 / num_tasks, zeros, zeros, roots, jnp.zeros([], jnp.int32))
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        roots, treedef = jax.tree.flatten(state.root_sums)
+        shared = jax.tree.leaves(jacobian.shared)
+        rows, risk = iter(jacobian.shared_rows()), jnp.zeros(num_tasks, jnp.float32)
+        for i, is_shared in enumerate(shared):
+            if is_shared:
+                g = next(rows).astype(roots[i].dtype)
+                roots[i] = keep_finite(_hypot(roots[i], g), roots[i])
+                part = jnp.abs(g) * (jnp.abs(g) / jnp.where(roots[i] > 0, roots[i], 1))
+                risk += jnp.sum(part, axis=tuple(range(1, g.ndim)), dtype=jnp.float32)
+
+        warm = state.count < warmup
+        finite = jnp.isfinite(risk)
+        share = jnp.where(warm & finite, risk / warmup, 0)
+        initial = state.initial_risk + share
+        ratio = jnp.where(initial > 0, risk / jnp.where(initial > 0, initial, 1), 1)
+        ratio = jnp.where(finite & ~warm, ratio, 0)
+        log_weights = jax.nn.log_softmax(state.log_weights + step_size * ratio)
+        log_weights = jnp.where(warm, state.log_weights, log_weights)
+        # A weight may return from 0 as long as its logarithm is finite.
+        log_weights = jnp.maximum(log_weights, -1e30)
+        weights = jax.nn.softmax(log_weights)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        new_state = ExcessMtlState(weights, log_weights, initial, treedef.unflatten(roots), count)
+        return jacobian.combine(weights), new_state
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The root of a² + b², where the squares may leave the range of the type."""
+    large = jnp.maximum(jnp.abs(a), jnp.abs(b))
+    ratio = jnp.minimum(jnp.abs(a), jnp.abs(b)) / jnp.where(large > 0, large, 1)
+    return large * jnp.sqrt(1 + ratio**2)

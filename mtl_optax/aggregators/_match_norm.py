@@ -1,0 +1,86 @@
+"""Updates of a known length, so that swapping strategies keeps the learning rate meaningful."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_choice, link
+from mtl_optax.solvers._base import power_of_two
+
+TARGETS = ("mean", "sum")
+
+
+class MatchNormState(NamedTuple):
+    """State of `match_norm`."""
+
+    factor: jax.Array  # () float32, by which the last update was scaled
+    inner_state: Any  # of the aggregator
+
+
+def match_norm(
+    aggregator: optax.GradientTransformation, *, to: str = "mean"
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives any aggregator's update the norm of the plain mean, or sum, of the rows.
+
+    .. math:: d \to d\, \frac{\|\frac1K \sum_k g_k\|}{\|d\|}
+
+    on the shared parameters; heads keep their own gradients. A zero update stays zero. It costs one
+    more backward pass, or none where the aggregator needs the rows anyway.
+
+    Args:
+      aggregator: any strategy: Jacobian in, gradient out.
+      to: `"mean"` or `"sum"`, of the rows as the aggregator is given them.
+
+    Returns:
+      An aggregator: Jacobian in, gradient out. Update scale: mean or sum, exactly.
+
+    Raises:
+      ValueError: if `to` is neither.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> J = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+      >>> losses, jac = mtl.value_and_jac(lambda w: J @ w)(jnp.zeros(3))
+      >>> tx = mtl.match_norm(mtl.mgda(num_tasks=2), to="sum")
+      >>> update, state = tx.update(jac, tx.init(jnp.zeros(3)))
+      >>> round(float(jnp.linalg.norm(update)), 4)  # the root of 12
+      3.4641
+    """
+    check_choice("to", to, TARGETS)
+    inner = optax.with_extra_args_support(aggregator)
+
+    def init_fn(params):
+        return MatchNormState(jnp.ones([], jnp.float32), inner.init(params))
+
+    def update_fn(jacobian, state, **extra_args):
+        update, inner_state = inner.update(jacobian, state.inner_state, None, **extra_args)
+        shared = jax.tree.leaves(jacobian.shared)
+        plain = jacobian.combine(1.0 if to == "sum" else 1.0 / jacobian.num_tasks)
+        (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)
+        # In this order nothing leaves the range before the result does.
+        factor = target / jnp.where(length > 0, length, 1) * (target_unit / unit)
+        factor = jnp.where(length > 0, factor, 1)
+        leaves, treedef = jax.tree.flatten(update)
+        leaves = [
+            (leaf * factor.astype(jnp.promote_types(leaf.dtype, factor.dtype))).astype(leaf.dtype)
+            if is_shared
+            else leaf
+            for leaf, is_shared in zip(leaves, shared, strict=True)
+        ]
+        new_state = MatchNormState(factor.astype(jnp.float32), inner_state)
+        return treedef.unflatten(leaves), new_state
+
+    return link(init_fn, update_fn)
+
+
+def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
+    """The norm over the shared leaves as a number times a power of two: squares may overflow."""
+    leaves = [leaf for leaf, s in zip(jax.tree.leaves(tree), shared, strict=True) if s]
+    wide = [leaf.astype(jnp.promote_types(jnp.float32, leaf.dtype)) for leaf in leaves]
+    if not wide:
+        return jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32)
+    unit = power_of_two(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in wide])))
+    return jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in wide)), unit

@@ -1,0 +1,89 @@
+"""The EnCodec balancer: shares of the gradient at the model's output that you choose."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, check_option, link, per_task
+from mtl_optax.balancers._base import summed
+
+
+class EncodecState(NamedTuple):
+    """State of `scale_by_encodec`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    norms: jax.Array  # (K,) float32, sums of past norms, each decayed since
+    masses: jax.Array  # (K,) float32, sums of the decays: norms / masses is the average
+
+
+def scale_by_encodec(
+    num_tasks: int, *, shares: Any = 1.0, total_norm: float | None = None, decay: float = 0.999
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gives each task its share of the total gradient norm, whatever the scale of its loss.
+
+    .. math:: \lambda_k = R\, \frac{s_k}{\sum_j s_j}\, \frac{1}{\langle\|g_k\|\rangle_\beta}
+
+    where :math:`\langle\cdot\rangle_\beta` is a moving average. The paper measures the norms at the
+    model's output: pass the Jacobian of `value_and_feature_jac(encode_fn, decode_fn)` with the
+    output as the features; one backward pass then goes through the model.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      shares: s >= 0, one for all tasks or a tree like the losses.
+      total_norm: R > 0; the sum of the average norms by default, which keeps the step size. The
+        paper has 1.
+      decay: beta in [0, 1), weight of the past.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like, or at most `total_norm` on
+      average where it is given (and the norms are measured on the parameters).
+
+    Raises:
+      ValueError: if `num_tasks` < 1, an option is out of range, or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> J = jnp.array([[4.0, 0.0], [0.0, 0.5]])
+      >>> losses, jac = mtl.value_and_jac(lambda w: J @ w)(jnp.ones(2))
+      >>> tx = mtl.scale_by_encodec(num_tasks=2, shares=[3.0, 1.0], total_norm=1.0)
+      >>> jac, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> jac.rows().tolist()
+      [[0.75, 0.0], [0.0, 0.25]]
+
+    References:
+      Défossez et al., `High Fidelity Neural Audio Compression <https://arxiv.org/abs/2210.13438>`_,
+      2022, section 3.4.
+    """
+    check_num_tasks(num_tasks)
+    check_option("shares", shares, lambda s: s >= 0, "at least 0")
+    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    if total_norm is not None:
+        check_option("total_norm", total_norm, lambda r: r > 0, "more than 0")
+
+    def init_fn(params):
+        del params
+        zeros = jnp.zeros(num_tasks, jnp.float32)
+        return EncodecState(zeros + 1, zeros, zeros)
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        new = jacobian.correlation()[1].astype(jnp.float32)
+        finite = jnp.isfinite(new)
+        norms = jnp.where(finite, decay * state.norms + new, state.norms)
+        masses = jnp.where(finite, decay * state.masses + 1, state.masses)
+        average = norms / jnp.maximum(masses, 1)
+
+        share = per_task("shares", shares, jacobian).astype(jnp.float32)
+        share = share / jnp.where(jnp.sum(share) > 0, jnp.sum(share), 1)
+        total = jnp.sum(average) if total_norm is None else total_norm
+        weights = jnp.where(average > 0, share * (total / jnp.where(average > 0, average, 1)), 1)
+        weights = weights.astype(jnp.float32)
+        return jacobian.scale(weights), EncodecState(weights, norms, masses)
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+encodec = summed(scale_by_encodec)

@@ -1,0 +1,150 @@
+"""FAMO: decrease all losses at the same rate, at the cost of a plain step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, link, per_task
+from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import positive_log, softmax_over
+from mtl_optax.jacobian import flatten_losses
+
+
+class FamoState(NamedTuple):
+    """State of `scale_by_famo`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    logits: jax.Array  # (K,) float32, xi, that the last update used
+    opt_state: optax.OptState  # of the optimizer of xi
+    gaps: jax.Array  # (K,) float32, losses above min_losses at the last update, 0 if unusable
+    losses_after: jax.Array  # (K,) float32, what observe_losses last brought
+    observed: jax.Array  # () int32, 1 if it did since the last update
+
+    def observe(self, losses_after: Any) -> "FamoState":
+        """The state that knows the losses after the last update: see `observe_losses`."""
+        losses = flatten_losses(losses_after).astype(jnp.float32)
+        if losses.shape != self.losses_after.shape:
+            raise ValueError(
+                f"losses_after has {losses.size} losses, expected {self.losses_after.size}: pass "
+                "all losses of the same batch, as the loss function returns them"
+            )
+        return self._replace(losses_after=losses, observed=jnp.ones_like(self.observed))
+
+
+def scale_by_famo(
+    num_tasks: int,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    min_losses: Any = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Learns weights under which all log losses fall equally fast.
+
+    .. math:: \lambda_k = \frac{z_k / D_k}{\sum_j z_j / D_j}, \quad z = \mathrm{softmax}(\xi), \quad
+              D_k = L_k - \min_k
+
+    After an update, :math:`\xi` takes a step of its own optimizer along the gradient of
+    :math:`\sum_k \mathrm{softmax}_k(\xi)\,(\log D_k^{before} - \log D_k^{after})`: a task that fell
+    faster than the others loses weight.
+
+    The losses after an update are by default those of the next one, on its own batch, which cost
+    nothing. For the paper's exact method evaluate the losses again on the *same* batch with the new
+    parameters and hand them over before the next update::
+
+        opt_state = mtl.observe_losses(opt_state, task_losses(params, batch))
+
+    The direction does not depend on the unit of any loss. Losses must be above `min_losses`: a
+    task at its minimum, or whose loss is not finite, gets weight 0 while it is, and no say in the
+    step of :math:`\xi`.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      optimizer: updates xi; `chain(add_decayed_weights(1e-3), adam(0.025))` by default, as in the
+        paper, where the decay is coupled and keeps the weights from drifting apart. Where they must
+        go far apart to leave a valley, as on CAGrad's toy problem, use 1e-5.
+      min_losses: the least value that each loss can take, in its unit, one for all tasks or a tree
+        like the losses.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: mean-like (weights sum to 1).
+
+    Raises:
+      ValueError: if `num_tasks` < 1, or the losses or `min_losses` are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": 4 * w @ w})(jnp.ones(2))
+      >>> tx = mtl.scale_by_famo(num_tasks=2)
+      >>> _, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> [round(w, 4) for w in state.weights.tolist()]
+      [0.8, 0.2]
+      >>> state = mtl.observe_losses(state, {"a": 1.0, "b": 8.0})  # "a" fell faster
+      >>> _, state = tx.update(jac, state)
+      >>> [round(w, 4) for w in state.weights.tolist()]
+      [0.7919, 0.2081]
+
+    Differs from:
+      The authors' code adds 1e-8 to D, which makes losses of about that size solved; here only 0
+      is.
+
+    References:
+      Liu et al., `FAMO: Fast Adaptive Multitask Optimization
+      <https://arxiv.org/abs/2306.03792>`_, 2023, algorithm 1.
+    """
+    check_num_tasks(num_tasks)
+    optimizer = optimizer or optax.chain(optax.add_decayed_weights(1e-3), optax.adam(0.025))
+
+    def init_fn(params):
+        del params
+        logits = jnp.zeros(num_tasks, jnp.float32)
+        return FamoState(
+            weights=jnp.full(num_tasks, 1 / num_tasks, jnp.float32),
+            logits=logits,
+            opt_state=optimizer.init(logits),
+            gaps=jnp.zeros(num_tasks, jnp.float32),
+            losses_after=jnp.zeros(num_tasks, jnp.float32),
+            observed=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        loss = jacobian.loss_vector()
+        least = per_task("min_losses", min_losses, jacobian)
+        before, was_usable = positive_log(state.gaps)
+        observed = jnp.where(state.observed > 0, state.losses_after.astype(loss.dtype), loss)
+        after, is_usable = positive_log((observed - least).astype(jnp.float32))
+
+        z = jax.nn.softmax(state.logits)
+        compared = was_usable & is_usable
+        drop = jnp.where(compared, before - after, 0)
+        share = jnp.where(compared, z, 0)
+        mean_drop = jnp.sum(share * drop) / jnp.maximum(jnp.sum(share), jnp.finfo(z.dtype).tiny)
+        # The softmax's Jacobian times the drops, a task without one standing at the others' mean.
+        gradient = jnp.where(compared, z * (drop - mean_drop), 0)
+        step, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
+        # There is nothing to learn from at the first update: decay and momentum wait too.
+        moves = jnp.any(compared)
+        opt_state = jax.tree.map(
+            lambda new, old: jnp.where(moves, new, old), opt_state, state.opt_state
+        )
+        logits = jnp.where(moves, state.logits + step, state.logits)
+
+        gap = loss - least
+        log_gap, usable = positive_log(gap)
+        weights = softmax_over(usable, logits - log_gap)
+        new_state = FamoState(
+            weights=weights.astype(jnp.float32),
+            logits=logits,
+            opt_state=opt_state,
+            gaps=jnp.where(usable, gap, 0).astype(jnp.float32),
+            losses_after=jnp.zeros_like(state.losses_after),
+            observed=jnp.zeros_like(state.observed),
+        )
+        return jacobian.scale(weights), new_state
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+famo = summed(scale_by_famo)

@@ -1,0 +1,73 @@
+"""Geometric loss strategy: descend the geometric mean of the losses."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, link
+from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import bounded_exp, positive_log
+
+
+class GlsState(NamedTuple):
+    """State of `scale_by_gls`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+
+
+def scale_by_gls(num_tasks: int) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task so that their sum descends the geometric mean of the losses.
+
+    .. math:: M = \Big(\prod_k L_k\Big)^{1/K}, \quad
+              \lambda_k = \frac{\partial M}{\partial L_k} = \frac{M}{K L_k}
+
+    Computed from logarithms: no product under- or overflows. The direction does not depend on the
+    unit of any loss. Losses must be positive; a task whose loss is 0 (solved), negative or not
+    finite gets weight 0, and M is the mean of the others.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: free (mean-like for equal losses; for
+      others the weights sum to more than 1).
+
+    Raises:
+      ValueError: if `num_tasks` < 1 or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": 4 * w @ w})(jnp.ones(2))
+      >>> tx = mtl.scale_by_gls(num_tasks=2)
+      >>> jac, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> [round(w, 4) for w in state.weights.tolist()]
+      [1.0, 0.25]
+
+    Differs from:
+      Where a loss is exactly 0, M and the weights of the other tasks would be 0 for good; here
+      that task is left out.
+
+    References:
+      Chennupati et al., `MultiNet++ <https://arxiv.org/abs/1904.08492>`_, 2019, eq. 2.
+    """
+    check_num_tasks(num_tasks)
+
+    def init_fn(params):
+        del params
+        return GlsState(jnp.ones(num_tasks, jnp.float32))
+
+    def update_fn(jacobian, state, **extra_args):
+        del state, extra_args
+        log, usable = positive_log(jacobian.loss_vector())
+        count = jnp.maximum(jnp.sum(usable), 1).astype(log.dtype)
+        weights = bounded_exp(jnp.sum(log) / count - log) / count
+        weights = jnp.where(usable, weights, 0)
+        return jacobian.scale(weights), GlsState(weights.astype(jnp.float32))
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+gls = summed(scale_by_gls)

@@ -1,0 +1,120 @@
+"""GradNorm: learn weights that make the tasks train at similar rates."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, check_option, link, per_task
+from mtl_optax.balancers._base import summed
+
+# A weight at 0 would have no gradient norm left to come back with.
+_SMALLEST_WEIGHT = 1e-6
+
+
+class GradnormState(NamedTuple):
+    """State of `scale_by_gradnorm`."""
+
+    weights: jax.Array  # (K,) float32, of the next update, positive, sum K
+    initial_losses: jax.Array  # (K,) float32, NaN until a finite loss is seen
+    opt_state: optax.OptState  # of the optimizer of the weights
+
+
+def scale_by_gradnorm(
+    num_tasks: int,
+    *,
+    alpha: float = 1.5,
+    optimizer: optax.GradientTransformation | None = None,
+    initial_losses: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Learns weights that bring all weighted gradient norms to a common, rate-adjusted scale.
+
+    .. math:: G_k = w_k n_k, \quad r_k = \frac{L_k / L_k(0)}{\mathrm{mean}_j\, L_j / L_j(0)}, \quad
+              \min_w \sum_k \left|G_k - \mathrm{sg}(\bar G\, r_k^\alpha)\right|
+
+    where :math:`n_k` is the gradient norm of task k. The target is held fixed, so the gradient is
+    :math:`\mathrm{sign}(G_k - \bar G r_k^\alpha)\, n_k`: no second derivative, only the diagonal of
+    the Gramian. An update uses w(t); then w takes a step of its own optimizer, is kept positive and
+    rescaled to sum to K. With frozen norms and :math:`\alpha = 1` it settles at
+    :math:`w_k \propto r_k / n_k`.
+
+    The paper measures the norms at the last shared layer: pass it as `gramian_at=` to
+    `value_and_jac`, which also makes this cheap.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      alpha: strength of the pull towards equal training rates, >= 0; larger for more different
+        tasks.
+      optimizer: updates w; `optax.adam(0.025)` with a tiny `eps` by default, as in the paper.
+      initial_losses: L(0), positive, one for all or a tree like the losses, such as log C for a
+        task of C classes; the first finite losses seen by default.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
+
+    Raises:
+      ValueError: if `num_tasks` < 1, `alpha` < 0, or the losses are not K.
+
+    Examples:
+      Fed by `jax.jacrev` over the shared parameters alone:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> def task_losses(shared):
+      ...     return {"a": jnp.sum(shared**2), "b": 10 * jnp.sum((shared - 1) ** 2)}
+      >>> shared = jnp.array([2.0, 3.0])
+      >>> tx = optax.chain(mtl.gradnorm(num_tasks=2), optax.sgd(0.01))
+      >>> opt_state = tx.init(shared)
+      >>> grads = jax.jacrev(task_losses)(shared)
+      >>> updates, opt_state = tx.update(grads, opt_state, shared, losses=task_losses(shared))
+      >>> [round(w, 3) for w in optax.tree.get(opt_state, "weights").tolist()]
+      [1.025, 0.975]
+
+    References:
+      Chen et al., `GradNorm <https://arxiv.org/abs/1711.02257>`_, 2018, algorithm 1.
+    """
+    check_num_tasks(num_tasks)
+    check_option("alpha", alpha, lambda a: a >= 0, "at least 0")
+    if initial_losses is not None:
+        check_option("initial_losses", initial_losses, lambda loss: loss > 0, "positive losses")
+    # Adam's own eps of 1e-8 would slow the weights down where gradient norms are small.
+    optimizer = optimizer or optax.adam(0.025, eps=1e-15)
+
+    def init_fn(params):
+        del params
+        w = jnp.ones(num_tasks, jnp.float32)
+        return GradnormState(w, jnp.full(num_tasks, jnp.nan, jnp.float32), optimizer.init(w))
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        loss = jacobian.loss_vector().astype(jnp.float32)
+        given = (
+            loss if initial_losses is None else per_task("initial_losses", initial_losses, jacobian)
+        )
+        initial = jnp.where(jnp.isnan(state.initial_losses), given, state.initial_losses)
+        initial = jnp.where(jnp.isfinite(initial), initial, jnp.nan).astype(jnp.float32)
+
+        w = state.weights
+        norms = jacobian.correlation()[1].astype(jnp.float32)
+        usable = jnp.isfinite(norms) & jnp.isfinite(loss) & (initial > 0)
+        progress = jnp.where(usable, jnp.maximum(loss / initial, 0), 0)
+        rate = progress / _mean(progress, usable)
+        weighted = jnp.where(usable, w * norms, 0)
+        target = _mean(weighted, usable) * rate**alpha
+        gradient = jnp.where(usable, jnp.sign(weighted - target) * norms, 0)
+        step, opt_state = optimizer.update(gradient, state.opt_state, w)
+        next_w = jnp.maximum(w + step, _SMALLEST_WEIGHT)
+        next_w = num_tasks * next_w / jnp.sum(next_w)
+        return jacobian.scale(w), GradnormState(next_w, initial, opt_state)
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The mean over the usable tasks, 1 where it would be 0."""
+    mean = jnp.sum(x) / jnp.maximum(jnp.sum(where), 1)
+    return jnp.where(mean > 0, mean, 1)
+
+
+gradnorm = summed(scale_by_gradnorm)

@@ -1,0 +1,124 @@
+"""IMTL-L: learn a scale for each loss that brings all of them to the same size."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, link
+from mtl_optax.aggregators import imtl_g
+from mtl_optax.balancers._base import summed
+
+# exp(88) is close to the largest float32, and 1 / exp(88) is subnormal.
+_LARGEST_LOG_SCALE = 87.0
+# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
+_LARGEST_GRADIENT = 1e18
+
+
+class ImtlLState(NamedTuple):
+    """State of `scale_by_imtl_l`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    log_scales: jax.Array  # (K,) float32, s, for the next update
+    opt_state: optax.OptState  # of the optimizer of s
+
+
+def scale_by_imtl_l(
+    num_tasks: int, *, optimizer: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task by a learned scale that brings its loss to 1.
+
+    .. math:: \mathcal L = \sum_k e^{s_k} L_k - s_k, \quad \lambda_k = e^{s_k}
+
+    Each s starts at 0 and takes a step of its own optimizer along the closed-form gradient
+    :math:`e^s L - 1` after its weight is used. For a fixed L it settles where
+    :math:`\lambda L = 1`, so the weighted losses become equal. Losses must be positive: another
+    one leaves its s where it is. Chained with `imtl_g` this is the paper's IMTL.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      optimizer: updates s; `optax.adam(1e-2)` by default.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first, then free (about
+      that of the sum of the log losses).
+
+    Raises:
+      ValueError: if `num_tasks` < 1 or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": 0.25 * w @ w})(jnp.ones(2))
+      >>> tx = mtl.scale_by_imtl_l(num_tasks=2, optimizer=optax.sgd(0.1))
+      >>> _, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> [round(s, 4) for s in state.log_scales.tolist()]
+      [-0.1, 0.05]
+
+    Differs from:
+      The paper trains s with the model's optimizer; here its step is free of the model's learning
+      rate and weight decay.
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning
+      <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021, section 3.2.
+    """
+    check_num_tasks(num_tasks)
+    optimizer = optimizer or optax.adam(1e-2)
+
+    def init_fn(params):
+        del params
+        s = jnp.zeros(num_tasks, jnp.float32)
+        return ImtlLState(jnp.ones(num_tasks, jnp.float32), s, optimizer.init(s))
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        loss = jacobian.loss_vector().astype(jnp.float32)
+        s = state.log_scales
+        weights = jnp.exp(s)
+        gradient = jnp.minimum(weights * loss - 1, _LARGEST_GRADIENT)
+        gradient = jnp.where((loss > 0) & jnp.isfinite(loss), gradient, 0)
+        step, opt_state = optimizer.update(gradient, state.opt_state, s)
+        next_s = jnp.clip(s + step, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+        return jacobian.scale(weights), ImtlLState(weights, next_s, opt_state)
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+imtl_l = summed(scale_by_imtl_l)
+
+
+def imtl(
+    num_tasks: int, *, optimizer: optax.GradientTransformation | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Impartial learning of losses and gradients: `scale_by_imtl_l` followed by `imtl_g`.
+
+    The losses are brought to a common scale, then the update has equal projections on the unit
+    gradients of all tasks. The second does not depend on the first on the shared parameters; the
+    heads follow their scaled losses.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      optimizer: as in `scale_by_imtl_l`.
+
+    Returns:
+      A whole strategy: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1).
+
+    Raises:
+      ValueError: if `num_tasks` < 1 or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w[0], "b": 3 * w[1]})(jnp.ones(2))
+      >>> tx = mtl.imtl(num_tasks=2)
+      >>> update, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> [round(x, 4) for x in update.tolist()]
+      [0.75, 0.75]
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning
+      <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021, algorithm 1.
+    """
+    return optax.chain(scale_by_imtl_l(num_tasks, optimizer=optimizer), imtl_g(num_tasks))

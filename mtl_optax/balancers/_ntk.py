@@ -1,0 +1,136 @@
+"""NTK weights: let all the terms of a physics-informed loss converge at one rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, link, per_task
+from mtl_optax.balancers._base import summed
+
+
+class NtkState(NamedTuple):
+    """State of `scale_by_ntk`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+
+
+def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task by the inverse trace of its neural tangent kernel.
+
+    .. math:: \lambda_k = \frac{\sum_j \mathrm{tr}\, K_j}{\mathrm{tr}\, K_k}, \quad
+              K_k = \frac{\partial r_k}{\partial\theta} \frac{\partial r_k}{\partial\theta}^\top
+
+    The trace is the mean convergence rate of the residuals :math:`r_k` times their number. It comes
+    with each update as the extra argument `ntk_traces=`, a tree like the losses, from `ntk_traces`
+    below (every hundred steps is often enough). Without it the kernel is that of the losses
+    themselves, :math:`\mathrm{tr}\, K_k = \|g_k\|^2`, the diagonal of the Gramian. A task of trace
+    0 keeps weight 1; a trace that is not finite leaves a weight as it was.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: free (each weight is at least 1).
+
+    Raises:
+      ValueError: if `num_tasks` < 1, or the losses or traces are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> residuals = lambda w, x: {"pde": 3 * w * x, "boundary": w - jnp.ones(1)}
+      >>> w, x = jnp.float32(2.0), jnp.array([1.0, -1.0])
+      >>> traces = mtl.ntk_traces(residuals)(w, x)
+      >>> task_losses = lambda w, x: {k: jnp.mean(r**2) for k, r in residuals(w, x).items()}
+      >>> losses, jac = mtl.value_and_jac(task_losses)(w, x)
+      >>> tx = mtl.scale_by_ntk(num_tasks=2)
+      >>> jac, state = tx.update(jac, tx.init(w), ntk_traces=traces)
+      >>> {name: round(float(w), 4) for name, w in zip(jac.names, state.weights)}
+      {'boundary': 19.0, 'pde': 1.0556}
+
+    References:
+      Wang et al., `When and Why PINNs Fail to Train <https://arxiv.org/abs/2007.14527>`_, 2020,
+      eqs. 6.5-6.6 and algorithm 1.
+    """
+    check_num_tasks(num_tasks)
+
+    def init_fn(params):
+        del params
+        return NtkState(jnp.ones(num_tasks, jnp.float32))
+
+    def update_fn(jacobian, state, *, ntk_traces=None, **extra_args):
+        del extra_args
+        if ntk_traces is None:
+            norms = jacobian.correlation()[1]
+            largest = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))
+            # Ratios before squares, which may leave the range.
+            traces = (norms / jnp.where(largest > 0, largest, 1)) ** 2
+        else:
+            traces = per_task("ntk_traces", jax.lax.stop_gradient(ntk_traces), jacobian)
+        usable = jnp.isfinite(traces)
+        total = jnp.sum(jnp.where(usable, traces, 0))
+        weights = jnp.where(traces > 0, total / jnp.where(traces > 0, traces, 1), 1)
+        weights = jnp.where(usable, weights, state.weights)
+        weights = jnp.minimum(weights, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+        return jacobian.scale(weights), NtkState(weights)
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+def ntk_traces(
+    residual_fn: Callable[..., Any], *, num_probes: int | None = None
+) -> Callable[..., Any]:
+    r"""The trace of each task's neural tangent kernel, for `scale_by_ntk`.
+
+    .. math:: \mathrm{tr}\, K_k = \|\partial r_k / \partial\theta\|_F^2
+              = \mathbb E_v \|v^\top \partial r_k / \partial\theta\|^2
+
+    Args:
+      residual_fn: `residual_fn(params, *args)` returns a tree with an array of residuals for each
+        task, in the structure of the losses.
+      num_probes: None for the exact trace, one backward pass a residual (vmapped); a number for
+        Hutchinson's estimate from as many random signs v, unbiased, of relative deviation about
+        :math:`\sqrt{2 / \text{num\_probes}}` at most.
+
+    Returns:
+      A function of the arguments of `residual_fn` to the traces, a tree like the losses; with
+      probes it takes a typed random key as `key=` too.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> traces = mtl.ntk_traces(lambda w, x: {"a": w * x, "b": 2 * w * x})
+      >>> {k: float(t) for k, t in traces(jnp.float32(1.0), jnp.array([1.0, 2.0])).items()}
+      {'a': 5.0, 'b': 20.0}
+    """
+
+    def traces_fn(params, *args, key: jax.Array | None = None, **kwargs):
+        residuals, pull = jax.vjp(lambda p: residual_fn(p, *args, **kwargs), params)
+        leaves, treedef = jax.tree.flatten(residuals)
+        if num_probes is not None and key is None:
+            raise ValueError("ntk_traces with num_probes draws at random: pass key=")
+        key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
+        keys = jax.random.split(key, len(leaves))
+        traces = []
+        for i, (leaf, leaf_key) in enumerate(zip(leaves, keys, strict=True)):
+
+            def square(v, i=i):
+                cotangents = [jnp.zeros_like(x) for x in leaves]
+                cotangents[i] = v
+                return optax.tree.norm(pull(treedef.unflatten(cotangents)), squared=True)
+
+            if num_probes is None:
+                vectors = jnp.eye(leaf.size, dtype=leaf.dtype).reshape(-1, *leaf.shape)
+                traces.append(jnp.sum(jax.vmap(square)(vectors)))
+            else:
+                signs = jax.random.rademacher(leaf_key, (num_probes, *leaf.shape), leaf.dtype)
+                traces.append(jnp.mean(jax.vmap(square)(signs)))
+        return treedef.unflatten(traces)
+
+    return traces_fn
+
+
+ntk = summed(scale_by_ntk)

@@ -1,0 +1,116 @@
+"""ReLoBRaLo: weight a task by its relative loss, with a random look back at the start."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import softmax_over
+
+
+class RelobraloState(NamedTuple):
+    """State of `scale_by_relobralo`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    initial_losses: jax.Array  # (K,) float32, NaN until a finite loss is seen
+    last_losses: jax.Array  # (K,) float32, the same
+    key: jax.Array  # typed random key
+
+
+def scale_by_relobralo(
+    num_tasks: int,
+    *,
+    key: jax.Array,
+    alpha: float = 0.999,
+    temperature: float = 0.1,
+    rho: float = 0.999,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task by the running average of its loss relative to before.
+
+    .. math:: \lambda(t) = \alpha \big(b\,\lambda(t-1) + (1-b)\,\hat\lambda(t, 0)\big)
+              + (1-\alpha)\,\hat\lambda(t, t-1), \quad
+              \hat\lambda_k(t, t') = K\,\mathrm{softmax}_k \frac{L_k(t)}{T\,L_k(t')}
+
+    with :math:`b \sim \mathrm{Bernoulli}(\rho)`, one draw for all tasks, so now and then the
+    progress since the start is what counts. The weights start at 1. They do not depend on the
+    units of the losses, which should not change sign. A task without a finite, non-zero loss to
+    compare keeps its weight; the others share the rest.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      key: a typed random key, split in state.
+      alpha: share of the past in [0, 1]; larger is smoother.
+      temperature: softmax temperature T, unitless, > 0; larger is more even.
+      rho: mean of b in [0, 1]; smaller looks back more often.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
+
+    Raises:
+      TypeError: if `key` is not a typed random key.
+      ValueError: if `num_tasks` < 1, `temperature` <= 0, `alpha` or `rho` is not in [0, 1], or the
+        losses are not K.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.scale_by_relobralo(2, key=jax.random.key(0), alpha=0.5, temperature=1.0, rho=1.0)
+      >>> state = tx.init(None)
+      >>> for losses in ([2.0, 2.0], [1.0, 2.0]):
+      ...     jac, state = tx.update(jnp.ones((2, 3)), state, losses=jnp.array(losses))
+      >>> [round(w, 4) for w in state.weights.tolist()]
+      [0.8775, 1.1225]
+
+    References:
+      Bischof and Kraus, `Multi-Objective Loss Balancing for Physics-Informed Deep Learning
+      <https://arxiv.org/abs/2110.09813>`_, 2021, section III.
+    """
+    check_num_tasks(num_tasks)
+    check_key(key)
+    check_option("alpha", alpha, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
+    check_option("temperature", temperature, lambda t: t > 0, "more than 0")
+    check_option("rho", rho, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
+
+    def init_fn(params):
+        del params
+        return RelobraloState(
+            weights=jnp.ones(num_tasks, jnp.float32),
+            initial_losses=jnp.full(num_tasks, jnp.nan, jnp.float32),
+            last_losses=jnp.full(num_tasks, jnp.nan, jnp.float32),
+            key=key,
+        )
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        loss = jacobian.loss_vector().astype(jnp.float32)
+        next_key, draw_key = jax.random.split(state.key)
+
+        def balanced(earlier):
+            comparable = jnp.isfinite(loss) & jnp.isfinite(earlier) & (earlier != 0)
+            ratio = loss / jnp.where(comparable, earlier, 1)
+            room = num_tasks - jnp.sum(jnp.where(comparable, 0, state.weights))
+            share = room * softmax_over(comparable, ratio / temperature)
+            return jnp.where(comparable, share, state.weights)
+
+        stays = jax.random.bernoulli(draw_key, jnp.asarray(rho, jnp.float32))
+        past = jnp.where(stays, state.weights, balanced(state.initial_losses))
+        weights = alpha * past + (1 - alpha) * balanced(state.last_losses)
+        new_state = RelobraloState(
+            weights=weights.astype(jnp.float32),
+            initial_losses=keep_finite(state.initial_losses, _finite_or_nan(loss)),
+            last_losses=keep_finite(loss, state.last_losses),
+            key=next_key,
+        )
+        return jacobian.scale(weights), new_state
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+def _finite_or_nan(loss: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(loss), loss, jnp.nan)
+
+
+relobralo = summed(scale_by_relobralo)

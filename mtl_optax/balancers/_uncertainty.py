@@ -1,0 +1,99 @@
+"""Uncertainty weighting: learn each task's noise, and weight by its inverse."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_choice, check_num_tasks, link, per_task_leaves
+from mtl_optax.balancers._base import summed
+
+KINDS = ("regression", "classification")
+REGULARIZERS = ("log", "log1p")
+
+
+class UncertaintyState(NamedTuple):
+    """State of `scale_by_uncertainty`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    log_variances: jax.Array  # (K,) float32, s = log sigma^2, for the next update
+    opt_state: optax.OptState  # of the optimizer of s
+
+
+def scale_by_uncertainty(
+    num_tasks: int,
+    *,
+    kind: Any = "regression",
+    regularizer: str = "log",
+    optimizer: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task by the inverse of a learned noise variance.
+
+    .. math:: \mathcal L = \sum_k c_k e^{-s_k} L_k + R(s_k), \quad s_k = \log\sigma_k^2, \quad
+              \lambda_k = c_k e^{-s_k}
+
+    with :math:`c = 1/2` for regression and 1 for classification, and :math:`R(s) = s/2`, or
+    :math:`\log(1 + e^s)`. Each s takes a step of its own optimizer along the closed-form gradient
+    :math:`R'(s) - c e^{-s} L` after its weight is used. For a fixed L, `"log"` settles where
+    :math:`\lambda L = 1/2`: a large loss gets a small weight.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      kind: `"regression"` or `"classification"`, for all tasks or a tree like the losses.
+      regularizer: `"log"` is Kendall's, whose total can go negative; `"log1p"` stays positive.
+      optimizer: updates s; `optax.adam(1e-2)` by default.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first (1/2 for regression),
+      then free.
+
+    Raises:
+      ValueError: if `num_tasks` < 1, `kind` or `regularizer` is unknown, or the losses are not K.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": jnp.sum(w)})(jnp.ones(2))
+      >>> tx = mtl.scale_by_uncertainty(2, kind={"a": "regression", "b": "classification"})
+      >>> jac, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> state.weights.tolist()
+      [0.5, 1.0]
+
+    Differs from:
+      The paper trains s with the model's optimizer; here its step is free of the model's learning
+      rate and weight decay.
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
+      <https://arxiv.org/abs/1705.07115>`_, 2018, eqs. 7 and 10; Liebel and Körner, `Auxiliary
+      Tasks in Multi-task Learning <https://arxiv.org/abs/1805.06334>`_, 2018, eq. 6.
+    """
+    check_num_tasks(num_tasks)
+    check_choice("kind", kind, KINDS)
+    check_choice("regularizer", regularizer, REGULARIZERS)
+    optimizer = optimizer or optax.adam(1e-2)
+
+    def init_fn(params):
+        del params
+        s = jnp.zeros(num_tasks, jnp.float32)
+        return UncertaintyState(jnp.ones(num_tasks, jnp.float32), s, optimizer.init(s))
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        kinds = per_task_leaves("kind", kind, jacobian)
+        factors = jnp.array([0.5 if k == "regression" else 1.0 for k in kinds], jnp.float32)
+        s = state.log_variances
+        weights = factors * jnp.exp(-s)
+        slope = jnp.full_like(s, 0.5) if regularizer == "log" else jax.nn.sigmoid(s)
+        gradient = slope - weights * jacobian.loss_vector().astype(jnp.float32)
+        # Squares beyond float32 would freeze an adaptive optimizer's second moment at inf.
+        gradient = jnp.clip(jnp.where(jnp.isfinite(gradient), gradient, 0), -1e18, 1e18)
+        step, opt_state = optimizer.update(gradient, state.opt_state, s)
+        new_state = UncertaintyState(weights, s + step, opt_state)
+        return jacobian.scale(weights), new_state
+
+    return link(init_fn, update_fn, num_tasks)
+
+
+uncertainty = summed(scale_by_uncertainty)

@@ -1,0 +1,57 @@
+"""What loss-only balancers share: weights over the tasks whose losses can be used."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax._links import check_option, is_traced
+from mtl_optax.solvers._base import power_of_two
+
+
+def positive_log(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The logarithm where it exists, down to the smallest subnormal number.
+
+    Args:
+      x: `(K,)`, of a floating-point type of 32 or 64 bits.
+
+    Returns:
+      `(log, usable)`: log x where x is positive and finite, else 0; and where that is.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
+    usable = (bits > 0) & jnp.isfinite(x)
+    # Hardware may take a subnormal number for 0. Its bits are the multiple of the smallest one.
+    subnormal = usable & (bits < jax.lax.bitcast_convert_type(jnp.finfo(x.dtype).tiny, bits.dtype))
+    smallest = jnp.finfo(x.dtype).minexp - jnp.finfo(x.dtype).nmant
+    small = jnp.log(jnp.where(subnormal, bits, 1).astype(x.dtype)) + smallest * math.log(2)
+    log = jnp.log(jnp.where(usable & ~subnormal, x, 1))
+    return jnp.where(subnormal, small.astype(x.dtype), log), usable
+
+
+def bounded_exp(x: jax.Array) -> jax.Array:
+    """The exponential, the largest float where it would overflow: inf times 0 would be NaN."""
+    return jnp.minimum(jnp.exp(x), jnp.finfo(x.dtype).max)
+
+
+def softmax_over(usable: jax.Array, logits: jax.Array) -> jax.Array:
+    """Softmax over the usable tasks, 0 elsewhere; even over all tasks where none is usable."""
+    largest = jnp.finfo(logits.dtype).max
+    logits = jnp.where(usable, jnp.clip(logits, -largest, largest), -jnp.inf)
+    return jnp.where(jnp.any(usable), jax.nn.softmax(logits), 1 / logits.size)
+
+
+def check_preference(preference: Any) -> None:
+    """Raises unless a preference is non-negative and not all 0; traced values pass unchecked."""
+    check_option("preference", preference, lambda p: p >= 0, "at least 0")
+    if not is_traced(preference) and not any(np.any(leaf) for leaf in jax.tree.leaves(preference)):
+        raise ValueError(f"preference={preference}, expected at least one task above 0")
+
+
+def unit_vector(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A vector as its direction and its length, at any scale; 0 has the direction 0."""
+    divisor = power_of_two(jnp.max(jnp.abs(x)))
+    near_one = x / divisor
+    length = jnp.sqrt(jnp.sum(near_one**2))
+    return near_one / jnp.where(length > 0, length, 1), length * divisor

@@ -1,0 +1,66 @@
+"""Weights that the user chooses, fixed or on a schedule."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import link, per_task
+from mtl_optax.balancers._base import summed
+from mtl_optax.jacobian import flatten_losses
+
+
+class WeightsState(NamedTuple):
+    """State of `scale_by_weights`."""
+
+    weights: jax.Array  # (K,) float32, of the last update
+    count: jax.Array  # () int32, updates so far
+
+
+def scale_by_weights(
+    weights: Any | Callable[[jax.Array], Any],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights each task by a given number.
+
+    .. math:: \lambda_k = w_k(t)
+
+    Args:
+      weights: a tree like the losses, or K numbers in their order (the sorted one for a dict); or a
+        schedule, a function from the number of updates so far to either.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: sum-like when the weights sum to K.
+
+    Raises:
+      ValueError: if the weights do not fit the losses.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": jnp.sum(w)})(jnp.ones(2))
+      >>> tx = mtl.scale_by_weights({"a": 0.5, "b": 3.0})
+      >>> jac, state = tx.update(jac, tx.init(jnp.ones(2)))
+      >>> {name: float(loss) for name, loss in jac.losses.items()}
+      {'a': 1.0, 'b': 6.0}
+    """
+
+    def at(count):
+        return weights(count) if callable(weights) else weights
+
+    def init_fn(params):
+        del params
+        count = jnp.zeros([], jnp.int32)
+        return WeightsState(flatten_losses(at(count)).astype(jnp.float32), count)
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        w = per_task("weights", at(state.count), jacobian)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return jacobian.scale(w), WeightsState(w.astype(jnp.float32), count)
+
+    return link(init_fn, update_fn)
+
+
+weights = summed(scale_by_weights)

@@ -1,0 +1,193 @@
+"""The table of every strategy, over which tests, benchmarks and docs iterate."""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+
+from mtl_optax import aggregators, balancers, conditioning
+
+
+class Strategy(NamedTuple):
+    """One row of the catalog: a whole strategy, Jacobian in, gradient out.
+
+    Attributes:
+      name: the name `make` builds it by.
+      kind: `"balancer"` (here with `sum_tasks()` behind it) or `"aggregator"`.
+      needs: `"losses"` (one backward pass), `"gramian"` (K), `"rows"` (K, and the K gradients are
+        held), or `"batches"` (a tuple of Jacobians of several batches, K each).
+      scale: what its update's norm is like: `"sum"`, `"mean"`, `"unit"` (it does not follow the
+        norm of the rows) or `"free"`.
+      summary: what it does, in a few words.
+      paper: the address of its paper; empty for the plain baselines.
+      factory: `factory(num_tasks, **options)`.
+      stochastic: whether it takes a `key=`.
+      extra_args: the further arguments that its `update` needs, such as `kpis`.
+    """
+
+    name: str
+    kind: Literal["balancer", "aggregator"]
+    needs: Literal["losses", "gramian", "rows", "batches"]
+    scale: Literal["sum", "mean", "unit", "free"]
+    summary: str
+    paper: str
+    factory: Callable[..., optax.GradientTransformationExtraArgs]
+    stochastic: bool = False
+    extra_args: tuple[str, ...] = ()
+
+
+def _fixed(num_tasks: int, *, weights: Any = None) -> optax.GradientTransformationExtraArgs:
+    return balancers.weights([1.0] * num_tasks if weights is None else weights)
+
+
+_ARXIV = "https://arxiv.org/abs/"
+
+# fmt: off
+_ROWS = (
+    Strategy("sum", "aggregator", "losses", "sum", "equal weights, the plain summed loss", "",
+             lambda num_tasks: aggregators.sum_tasks()),
+    Strategy("mean", "aggregator", "losses", "mean", "equal weights, averaged on the trunk", "",
+             lambda num_tasks: aggregators.mean_tasks()),
+    Strategy("weights", "balancer", "losses", "sum", "weights you choose, or their schedule", "",
+             _fixed),
+    Strategy("uncertainty", "balancer", "losses", "free", "learned noise of each task",
+             _ARXIV + "1705.07115", balancers.uncertainty),
+    Strategy("uwso", "balancer", "losses", "sum", "softmax of the inverse losses",
+             _ARXIV + "2408.07985", balancers.uwso),
+    Strategy("gradnorm", "balancer", "gramian", "sum", "equal gradient norms and training rates",
+             _ARXIV + "1711.02257", balancers.gradnorm),
+    Strategy("dwa", "balancer", "losses", "sum", "more weight where the loss falls slowly",
+             _ARXIV + "1803.10704", balancers.dwa),
+    Strategy("dtp", "balancer", "losses", "free", "more weight where performance is poor",
+             "https://openaccess.thecvf.com/content_ECCV_2018/html/"
+             "Michelle_Guo_Focus_on_the_ECCV_2018_paper.html",
+             balancers.dtp, extra_args=("kpis",)),
+    Strategy("rlw", "balancer", "losses", "sum", "random weights, drawn anew at each update",
+             _ARXIV + "2111.10603", balancers.rlw, stochastic=True),
+    Strategy("gls", "balancer", "losses", "free", "the geometric mean of the losses",
+             _ARXIV + "1904.08492", balancers.gls),
+    Strategy("imtl_l", "balancer", "losses", "free", "learned scales that make the losses equal",
+             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl_l),
+    Strategy("imtl", "aggregator", "gramian", "mean", "learned loss scales, equal projections",
+             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl),
+    Strategy("scale_invariant", "balancer", "losses", "free", "the sum of the log losses", "",
+             lambda num_tasks: optax.chain(conditioning.log_losses(), aggregators.sum_tasks())),
+    Strategy("famo", "balancer", "losses", "mean", "log losses that fall equally fast",
+             _ARXIV + "2306.03792", balancers.famo),
+    Strategy("stch", "balancer", "losses", "sum", "a smooth maximum of the losses",
+             _ARXIV + "2402.19078", balancers.stch),
+    Strategy("softadapt", "balancer", "losses", "sum", "more weight where the loss rises",
+             _ARXIV + "1912.12355", balancers.softadapt),
+    Strategy("relobralo", "balancer", "losses", "sum", "relative losses, with random look back",
+             _ARXIV + "2110.09813", balancers.relobralo, stochastic=True),
+    Strategy("cov", "balancer", "losses", "sum", "more weight where the loss ratio varies",
+             _ARXIV + "2009.01717", balancers.cov),
+    Strategy("cosmos", "balancer", "losses", "free", "a weighted sum turned towards a preference",
+             _ARXIV + "2103.13392", balancers.cosmos),
+    Strategy("pbi", "balancer", "losses", "free", "down a preference ray, penalised off it",
+             "https://doi.org/10.1109/TEVC.2007.892759", balancers.pbi),
+    Strategy("pareto", "balancer", "gramian", "mean", "Pareto-efficient weights above floors",
+             "https://doi.org/10.1145/3298689.3346998", balancers.pareto),
+    Strategy("mgda", "aggregator", "gramian", "mean", "the shortest convex combination",
+             _ARXIV + "1810.04650", aggregators.mgda),
+    Strategy("pcgrad", "aggregator", "gramian", "sum", "conflicting gradients projected off",
+             _ARXIV + "2001.06782", aggregators.pcgrad, stochastic=True),
+    Strategy("gradvac", "aggregator", "gramian", "sum", "rows turned to their usual cosines",
+             _ARXIV + "2010.05874", aggregators.gradvac, stochastic=True),
+    Strategy("cagrad", "aggregator", "gramian", "free", "best worst task near the mean",
+             _ARXIV + "2110.14048", aggregators.cagrad),
+    Strategy("imtl_g", "aggregator", "gramian", "mean", "equal projections on every task",
+             "https://openreview.net/forum?id=IMPnRXEWpvr", aggregators.imtl_g),
+    Strategy("nash_mtl", "aggregator", "gramian", "unit", "the Nash bargaining solution",
+             _ARXIV + "2202.01017", aggregators.nash_mtl),
+    Strategy("fairgrad", "aggregator", "gramian", "unit", "α-fair improvements",
+             _ARXIV + "2402.15638", aggregators.fairgrad),
+    Strategy("aligned_mtl", "aggregator", "gramian", "mean", "singular values made equal",
+             _ARXIV + "2305.19000", aggregators.aligned_mtl),
+    Strategy("upgrad", "aggregator", "gramian", "mean", "each row freed of conflict, averaged",
+             _ARXIV + "2406.16232", aggregators.upgrad),
+    Strategy("dualproj", "aggregator", "gramian", "mean", "the mean freed of conflict",
+             _ARXIV + "1706.08840", aggregators.dualproj),
+    Strategy("conflict_free", "aggregator", "gramian", "sum", "equal cosines with all (ConFIG)",
+             _ARXIV + "2408.11104", aggregators.conflict_free),
+    Strategy("ntk", "balancer", "gramian", "free", "equal convergence rates by kernel traces",
+             _ARXIV + "2007.14527", balancers.ntk),
+    Strategy("lr_annealing", "balancer", "rows", "free", "terms at the size of the residual's",
+             _ARXIV + "2001.04536", balancers.lr_annealing),
+    Strategy("encodec", "balancer", "gramian", "sum", "chosen shares of the gradient norm",
+             _ARXIV + "2210.13438", balancers.encodec),
+    Strategy("graddrop", "aggregator", "rows", "sum", "one random sign an entry",
+             _ARXIV + "2010.06808", aggregators.graddrop, stochastic=True),
+    Strategy("krum", "aggregator", "gramian", "mean", "the rows nearest to their neighbours",
+             _ARXIV + "1703.02757", aggregators.krum),
+    Strategy("trimmed_mean", "aggregator", "rows", "mean", "entries averaged without extremes",
+             _ARXIV + "1803.01498", aggregators.trimmed_mean),
+    Strategy("db_mtl", "aggregator", "rows", "free", "log losses, rows at the largest norm",
+             _ARXIV + "2308.12029", aggregators.db_mtl),
+    Strategy("moco", "aggregator", "rows", "mean", "min-norm weights on tracked rows",
+             "https://openreview.net/forum?id=dLAYGdKTi2", aggregators.moco),
+    Strategy("cr_mogm", "aggregator", "gramian", "mean", "smoothed weights of another aggregator",
+             "https://openreview.net/forum?id=ScwfQ7hdwyP", aggregators.cr_mogm),
+    Strategy("excess_mtl", "aggregator", "rows", "mean", "more weight to a high excess risk",
+             _ARXIV + "2402.02009", aggregators.excess_mtl),
+    Strategy("pcd", "aggregator", "gramian", "free", "a primary task, progress for the others",
+             _ARXIV + "2606.29521", aggregators.pcd),
+    Strategy("modo", "aggregator", "batches", "mean", "min-norm weights by double sampling",
+             _ARXIV + "2305.20057", aggregators.modo),
+    Strategy("sdmgrad", "aggregator", "batches", "mean", "a direction near a preferred one",
+             _ARXIV + "2305.18409", aggregators.sdmgrad),
+    Strategy("m_config", "aggregator", "rows", "free", "ConFIG on momenta, one task a step",
+             _ARXIV + "2408.11104", aggregators.m_config),
+)
+# fmt: on
+
+STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
+
+
+def make(
+    name: str, num_tasks: int, *, key: jax.Array | None = None, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Builds a whole strategy by its name in the catalog.
+
+    Args:
+      name: a name in `STRATEGIES`.
+      num_tasks: number of tasks K; static, at least 1.
+      key: a typed random key, for the stochastic strategies; the others ignore it.
+      **options: keyword options of the strategy's factory.
+
+    Returns:
+      A transformation from the Jacobian to one gradient, to be chained with any optimizer.
+
+    Raises:
+      ValueError: if the name is unknown (the text lists the near ones), or a stochastic strategy
+        gets no key.
+
+    Examples:
+      >>> import optax
+      >>> import mtl_optax as mtl
+      >>> tx = optax.chain(mtl.make("dwa", num_tasks=2, temperature=1.0), optax.adam(1e-3))
+    """
+    if name not in STRATEGIES:
+        near = difflib.get_close_matches(name, STRATEGIES, n=3, cutoff=0.4) or list(STRATEGIES)
+        raise ValueError(f"no strategy is called {name!r}; near it: {', '.join(near)}")
+    strategy = STRATEGIES[name]
+    if strategy.stochastic:
+        if key is None:
+            raise ValueError(f"{name} draws at random: pass key=jax.random.key(0)")
+        options["key"] = key
+    return strategy.factory(num_tasks, **options)
+
+
+def markdown() -> str:
+    """The catalog as a Markdown table: `python -m mtl_optax.catalog` prints it."""
+    lines = ["| strategy | kind | needs | update scale | what it does |", "|---|---|---|---|---|"]
+    for row in STRATEGIES.values():
+        name = f"[`{row.name}`]({row.paper})" if row.paper else f"`{row.name}`"
+        lines.append(f"| {name} | {row.kind} | {row.needs} | {row.scale} | {row.summary} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -1,0 +1,83 @@
+"""Moving averages of the rows: less noise before the tasks are weighed against each other."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
+
+
+class EmaTasksState(NamedTuple):
+    """State of `ema_tasks`."""
+
+    rows: Any  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
+    decay_product: jax.Array  # () float32, of all decays so far: the weight of the first zeros
+    count: jax.Array  # () int32, updates so far
+
+
+def ema_tasks(
+    num_tasks: int, *, decay: float | Callable[[jax.Array], Any] = 0.9, debias: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replaces each row by its moving average over the updates.
+
+    .. math:: m_k \leftarrow \beta_t m_k + (1 - \beta_t) g_k, \quad
+              g_k \to m_k / (1 - \textstyle\prod_{s \le t} \beta_s)
+
+    As `optax.ema` does to one gradient, so that followed by `sum_tasks()` it is `sum_tasks()`
+    followed by `optax.ema`. The losses stay those of the moment. An entry that is not finite leaves
+    its average as it was. The state holds K rows, heads included: K times the parameters.
+
+    Args:
+      num_tasks: number of tasks K; static, at least 1.
+      decay: beta in [0, 1), or a schedule: a function from the number of updates so far to it.
+      debias: whether to undo the weight of the zeros that the average starts from.
+
+    Returns:
+      A balancer: Jacobian in, Jacobian out. Update scale: as before.
+
+    Raises:
+      ValueError: if `num_tasks` < 1, `decay` is not in [0, 1), the losses are not K, or `init` gets
+        no parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.ema_tasks(num_tasks=2, decay=0.5)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for scale in (1.0, 4.0):
+      ...     rows = jnp.full((2, 1), scale)
+      ...     jac, state = tx.update(rows, state, losses=jnp.ones(2))
+      >>> jac.rows().tolist()
+      [[3.0], [3.0]]
+    """
+    check_num_tasks(num_tasks)
+    if not callable(decay):
+        check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+
+    def init_fn(params):
+        return EmaTasksState(
+            rows=task_zeros(num_tasks, params),
+            decay_product=jnp.ones([], jnp.float32),
+            count=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        beta = jnp.asarray(decay(state.count) if callable(decay) else decay, jnp.float32)
+        rows = jax.tree.leaves(jacobian.rows())
+        averages, treedef = jax.tree.flatten(state.rows)
+        averages = [
+            keep_finite(beta * m + (1 - beta) * row, m).astype(m.dtype)
+            for m, row in zip(averages, rows, strict=True)
+        ]
+        product = state.decay_product * beta
+        weight = 1 - product if debias else 1.0
+        shown = [(m / weight).astype(row.dtype) for m, row in zip(averages, rows, strict=True)]
+        count = jnp.asarray(optax.safe_increment(state.count))
+        new_state = EmaTasksState(treedef.unflatten(averages), product, count)
+        return jacobian.replace_rows(shown), new_state
+
+    return link(init_fn, update_fn, num_tasks)

@@ -1,0 +1,114 @@
+"""Gradient accumulation over micro-batches, at the level of the Jacobian."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import check_num_tasks, receive, task_zeros
+from mtl_optax.conditioning._base import run
+from mtl_optax.jacobian import unflatten_losses
+
+
+class MultiStepsState(NamedTuple):
+    """State of `multi_steps`."""
+
+    mini_step: jax.Array  # () int32, micro-batches in the averages; 0 right after an update
+    gradient_step: jax.Array  # () int32, updates made
+    losses: jax.Array  # (K,) float32, averages
+    rows: Any  # like the parameters, leaves (K, *param.shape), at least float32, averages
+    inner_state: optax.OptState
+
+
+def multi_steps(
+    tx: optax.GradientTransformation, every_k: int, num_tasks: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""Averages losses and rows over k micro-batches, and only then runs the strategy.
+
+    .. math:: \bar L_k = \frac1n \sum_b L_k^{(b)}, \quad \bar g_k = \frac1n \sum_b g_k^{(b)}
+
+    The strategy sees the Jacobian of the whole batch, so a step is the one that it would take on
+    the k micro-batches in one (for losses that are means over examples). In between the updates are
+    zero and the state of `tx` stands still. `optax.MultiSteps` can't do this: it averages what has
+    the shape of the parameters, but a strategy must see each task's average. Around the whole
+    chain:
+
+        tx = mtl.multi_steps(optax.chain(mtl.mgda(2), optax.adam(1e-3)), every_k=4, num_tasks=2)
+
+    Links that should see each micro-batch stand before it, as in
+    `optax.chain(mtl.drop_nonfinite_tasks(2), tx)`. Extra arguments reach `tx` as the last
+    micro-batch of a step has them. The state holds K rows, heads included, and each micro-batch
+    costs K backward passes. A feature-level Jacobian keeps no features of the batches before: the
+    Gramian is then that of the averaged rows.
+
+    Args:
+      tx: a strategy with its optimizer: Jacobian in, update out.
+      every_k: micro-batches a step; static, at least 1.
+      num_tasks: number of tasks K; static, at least 1.
+
+    Returns:
+      A transformation from a Jacobian to an update. Update scale: that of `tx`.
+
+    Raises:
+      TypeError: if `tx` returns a Jacobian.
+      ValueError: if `every_k` < 1, `num_tasks` < 1, the losses are not K, or `init` gets no
+        parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> task_losses = lambda w, x: {"a": jnp.mean(w * x), "b": jnp.mean((w * x) ** 2)}
+      >>> w = jnp.float32(1.0)
+      >>> tx = mtl.multi_steps(mtl.sum_tasks(), every_k=2, num_tasks=2)
+      >>> state = tx.init(w)
+      >>> for x in (jnp.ones(2), 3 * jnp.ones(2)):
+      ...     _, jac = mtl.value_and_jac(task_losses)(w, x)
+      ...     update, state = tx.update(jac, state, w)
+      ...     print(update)
+      0.0
+      12.0
+    """
+    check_num_tasks(num_tasks)
+    if isinstance(every_k, bool) or not isinstance(every_k, int) or every_k < 1:
+        raise ValueError(f"every_k={every_k!r}, expected a Python int of at least 1")
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        zero = jnp.zeros([], jnp.int32)
+        losses, rows = jnp.zeros(num_tasks, jnp.float32), task_zeros(num_tasks, params)
+        return MultiStepsState(zero, zero, losses, rows, tx.init(params))
+
+    def update_fn(updates, state, params=None, *, losses=None, **extra_args):
+        jacobian = receive(updates, losses, num_tasks)
+        count = state.mini_step + 1
+        mean = lambda old, new: old + ((new - old) / count).astype(old.dtype)  # noqa: E731
+        rows = jax.tree.leaves(jacobian.rows())
+        averages, treedef = jax.tree.flatten(state.rows)
+        averages = [mean(old, row) for old, row in zip(averages, rows, strict=True)]
+        mean_losses = mean(state.losses, jacobian.loss_vector())
+
+        def step(inner_state):
+            batch = jacobian.replace_rows(
+                [average.astype(row.dtype) for average, row in zip(averages, rows, strict=True)],
+                losses=unflatten_losses(mean_losses, jacobian.losses),
+            )
+            return run(tx, batch, inner_state, params, extra_args)
+
+        def wait(inner_state):
+            like = jax.eval_shape(step, inner_state)[0]
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), inner_state
+
+        full = count == every_k
+        update, inner_state = jax.lax.cond(full, step, wait, state.inner_state)
+        clear = lambda leaf: jnp.where(full, 0, leaf)  # noqa: E731
+        new_state = MultiStepsState(
+            mini_step=clear(count),
+            gradient_step=state.gradient_step + full.astype(jnp.int32),
+            losses=clear(mean_losses),
+            rows=treedef.unflatten([clear(leaf) for leaf in averages]),
+            inner_state=inner_state,
+        )
+        return update, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

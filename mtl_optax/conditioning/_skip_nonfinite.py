@@ -1,0 +1,83 @@
+"""Skipping a step that is not finite, with the state as it was."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_optax._links import receive
+from mtl_optax.conditioning._base import run
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`."""
+
+    skipped: jax.Array  # () int32, steps skipped
+    skipped_in_a_row: jax.Array  # () int32, of these since the last good step
+    inner_state: optax.OptState
+
+
+def skip_nonfinite(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Makes no step where a loss or the update is NaN or infinite.
+
+    The update is then zero and the state of `tx`, strategy and optimizer alike, is bit for bit what
+    it was; so it is too where a number of that state would stop being finite. Skipped steps are
+    counted. `optax.apply_if_finite` can't do this: it looks for NaN in the Jacobian it is given,
+    not in what the strategy makes of it, and returns zeros of the Jacobian's structure. To drop
+    only the task that is not finite, see `drop_nonfinite_tasks`. Around the whole chain:
+
+        tx = mtl.skip_nonfinite(optax.chain(mtl.gradnorm(2), optax.adam(1e-3)))
+
+    Args:
+      tx: a strategy, best with its optimizer: Jacobian in, update out.
+
+    Returns:
+      A transformation from a Jacobian to an update. Update scale: that of `tx`.
+
+    Raises:
+      TypeError: if `tx` returns a Jacobian.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> tx = mtl.skip_nonfinite(optax.chain(mtl.dwa(2), optax.adam(1e-3)))
+      >>> state = tx.init(jnp.ones(2))
+      >>> losses, jac = mtl.value_and_jac(lambda w: w * jnp.nan)(jnp.ones(2))
+      >>> update, state = tx.update(jac, state, jnp.ones(2))
+      >>> update.tolist(), int(state.skipped)
+      ([0.0, 0.0], 1)
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        zero = jnp.zeros([], jnp.int32)
+        return SkipNonfiniteState(zero, zero, tx.init(params))
+
+    def update_fn(updates, state, params=None, *, losses=None, **extra_args):
+        jacobian = receive(updates, losses)
+        update, inner_state = run(tx, jacobian, state.inner_state, params, extra_args)
+        pairs = zip(jax.tree.leaves(inner_state), jax.tree.leaves(state.inner_state), strict=True)
+        # Some states are NaN until they have seen something.
+        good = [~(_nonfinite(new) & ~_nonfinite(old)) for new, old in pairs]
+        good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
+        finite = jnp.all(jnp.isfinite(jacobian.loss_vector()))
+        finite &= jnp.all(jnp.stack([jnp.all(g) for g in good]))
+
+        zeros = jax.tree.map(jnp.zeros_like, update)
+        update, inner_state = jax.lax.cond(
+            finite, lambda: (update, inner_state), lambda: (zeros, state.inner_state)
+        )
+        bad = (~finite).astype(jnp.int32)
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        return update, SkipNonfiniteState(state.skipped + bad, in_a_row, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _nonfinite(leaf: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros(leaf.shape, bool)
+    return ~jnp.isfinite(leaf)

@@ -1,0 +1,66 @@
+"""Small problems that the tests share."""
+
+import functools
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+
+@functools.cache
+def compiled_update(factory, num_tasks, **options):
+    """`(matrix, losses) -> (update, state)` of a fresh strategy, one program a shape."""
+    tx = factory(num_tasks, **options)
+    return jax.jit(lambda matrix, losses: tx.update(matrix, tx.init(None), losses=losses))
+
+
+def oracle_cases(*names):
+    """The reference Jacobians with the named solutions, as pytest parameters.
+
+    What has P columns gets zero columns up to a common width: the Gramians stay, and fewer shapes
+    are compiled.
+    """
+    oracle = np.load(pathlib.Path(__file__).parent / "data" / "aggregators.npz")
+
+    def arrays(case):
+        width = oracle[f"{case}/jacobian"].shape[1]
+        for name in ("jacobian", *names):
+            array = oracle[f"{case}/{name}"]
+            extra = 60 - width if array.shape[-1] == width else 0
+            yield np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, extra)])
+
+    found = sorted(key.split("/")[0] for key in oracle if key.endswith(f"/{names[0]}"))
+    return [pytest.param(case, *arrays(case), id=case) for case in found]
+
+
+def mlp_params(key, sizes=(6, 8, 8), tasks=("a", "b", "c"), dtype=jnp.float32):
+    keys = iter(jax.random.split(key, len(sizes) + len(tasks)))
+    trunk = [
+        {"w": jax.random.normal(next(keys), (m, n), dtype) * m**-0.5, "b": jnp.zeros(n, dtype)}
+        for m, n in itertools.pairwise(sizes)
+    ]
+    heads = {task: jax.random.normal(next(keys), (sizes[-1],), dtype) for task in tasks}
+    return {"trunk": trunk, "heads": heads}
+
+
+def mlp_losses(params, x, y):
+    """One squared error a head; y maps task names to targets."""
+    h = x
+    for layer in params["trunk"]:
+        h = jnp.tanh(h @ layer["w"] + layer["b"][None, :])
+    return {task: jnp.mean((h @ w - y[task]) ** 2) for task, w in params["heads"].items()}
+
+
+def mlp_batch(key, tasks=("a", "b", "c"), size=16, width=6, dtype=jnp.float32):
+    x_key, *keys = jax.random.split(key, len(tasks) + 1)
+    x = jax.random.normal(x_key, (size, width), dtype)
+    y = {task: jax.random.normal(k, (size,), dtype) for task, k in zip(tasks, keys, strict=True)}
+    return x, y
+
+
+def relative_error(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-300)

@@ -1,0 +1,183 @@
+"""The non-negative QP and the power equilibrium, by their optimality conditions."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+
+from mtl_optax.solvers import nonnegative_qp
+from mtl_optax.solvers._power_equilibrium import power_equilibrium
+
+K = 8
+RNG = np.random.default_rng(0)
+
+
+@functools.cache
+def compiled(solver, **options):
+    return jax.jit(functools.partial(solver, **options))
+
+
+def matrices():
+    """Rows of every kind, (K, P)."""
+    normal = RNG.standard_normal((K, 20))
+    spread = 10.0 ** np.linspace(-4, 4, K)[:, None]
+    yield "normal", normal
+    yield "conflicting", normal - 0.95 * normal.mean(0)
+    yield "ill-conditioned", normal * 10.0 ** -np.linspace(0, 5, 20)[None, :]
+    yield "badly scaled", normal * spread
+    yield "duplicates", normal[[0, 0, 1, 1, 2, 3, 3, 3]]
+    yield "rank 3", RNG.standard_normal((K, 3)) @ RNG.standard_normal((3, 20))
+    yield "rank 1", RNG.standard_normal((K, 1)) * normal[:1]
+    yield "antiparallel", normal[[0, 1, 2, 3, 0, 4, 5, 6]] * np.r_[[1.0] * 4, -1, 1, 1, 1][:, None]
+    yield "zero rows", normal * (np.arange(K) % 3 > 0)[:, None]
+    yield "zero", np.zeros((K, 20))
+
+
+MATRICES = [pytest.param(matrix, id=name) for name, matrix in matrices()]
+
+
+def kkt_residual(Q, q, x):
+    """The docstring's residual, anew and in float64."""
+    Q, q, x = (np.asarray(a, np.float64) for a in (Q, q, x))
+    g, n = Q @ x + q, np.sqrt(np.diag(Q))
+    assert np.all(x >= 0)
+    violation = np.where(x > 0, np.abs(g), np.maximum(-g, 0))
+    steepest = np.max(np.abs(q)[n > 0] / n[n > 0], initial=0)
+    rounding = np.where(n > 0, n * (steepest + n @ x), np.abs(q))
+    return np.max(violation / np.where(rounding > 0, rounding, 1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_satisfies_the_optimality_conditions(matrix, dtype):
+    target = RNG.standard_normal(matrix.shape[1])
+    with jax.enable_x64(dtype == np.float64):
+        J, b = matrix.astype(dtype), target.astype(dtype)
+        Q, q = J @ J.T, -J @ b
+        solution = jax.tree.map(np.asarray, compiled(nonnegative_qp)(Q, q))
+    eps = np.finfo(dtype).eps
+    assert solution.x.dtype == dtype
+    assert solution.converged
+    assert solution.num_steps <= 3 * K
+    assert kkt_residual(Q, q, solution.x) <= 64 * eps
+    np.testing.assert_allclose(solution.residual, kkt_residual(Q, q, solution.x), atol=8 * eps)
+    if dtype == np.float64:
+        x, distance = scipy.optimize.nnls(matrix.T, target)
+        np.testing.assert_allclose(np.linalg.norm(matrix.T @ solution.x - target), distance)
+        if np.linalg.cond(matrix) < 1e3:
+            np.testing.assert_allclose(solution.x, x, atol=1e-12 * x.max())
+
+
+def test_agrees_with_trying_every_active_set():
+    for _ in range(20):
+        J = RNG.standard_normal((4, 6)) - 0.4
+        Q, q = J @ J.T, RNG.standard_normal(4)
+        best = np.inf
+        for mask in range(16):
+            free = np.array([mask >> i & 1 for i in range(4)], bool)
+            x = np.zeros(4)
+            x[free] = np.linalg.solve(Q[np.ix_(free, free)], -q[free])
+            if np.all(x >= 0):
+                best = min(best, x @ Q @ x / 2 + q @ x)
+        with jax.enable_x64(True):
+            x = np.asarray(compiled(nonnegative_qp)(Q, q).x)
+        np.testing.assert_allclose(x @ Q @ x / 2 + q @ x, best, atol=1e-13)
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+def test_scaling_the_problem_scales_the_solution(power):
+    J = RNG.standard_normal((K, 20)).astype(np.float32)
+    Q, q, factor = J @ J.T, J @ RNG.standard_normal(20).astype(np.float32), np.float32(2.0**power)
+    x = compiled(nonnegative_qp)(Q, q).x
+    np.testing.assert_array_equal(compiled(nonnegative_qp)(factor * Q, factor * q).x, x)
+    np.testing.assert_array_equal(compiled(nonnegative_qp)(Q, factor * q).x, factor * x)
+    rows = np.float32(2.0) ** RNG.integers(-20, 20, K).astype(np.float32)
+    scaled = compiled(nonnegative_qp)(rows[:, None] * Q * rows[None, :], rows * q).x
+    np.testing.assert_allclose(scaled * rows, x, rtol=1e-6, atol=1e-6)
+
+
+def test_an_unbounded_problem_gives_a_finite_point():
+    Q = np.diag([1.0] * (K - 1) + [0.0]).astype(np.float32)
+    solution = compiled(nonnegative_qp)(Q, -np.ones(K, np.float32))
+    np.testing.assert_array_equal(solution.x, [1.0] * (K - 1) + [0.0])
+    assert not solution.converged
+    v = np.ones(K, np.float32)
+    solution = compiled(nonnegative_qp)(np.eye(K, dtype=np.float32) - np.outer(v, v) / K, -v)
+    assert np.all(np.isfinite(solution.x))
+
+
+def test_reports_when_the_steps_are_too_few_or_the_input_is_nan():
+    J = RNG.standard_normal((K, 20)).astype(np.float32)
+    q = -J @ RNG.standard_normal(20).astype(np.float32)
+    assert not compiled(nonnegative_qp, max_steps=1)(J @ J.T, q).converged
+    assert not compiled(nonnegative_qp)((J @ J.T) * np.float32(np.nan), q).converged
+
+
+def test_many_right_sides_at_once_and_as_many_as_128_tasks():
+    J = RNG.standard_normal((128, 200)).astype(np.float32)
+    Q = J @ J.T
+    solve = jax.jit(jax.vmap(nonnegative_qp, in_axes=(None, 0)))
+    solutions = solve(Q, Q[:4])
+    assert np.all(solutions.converged)
+    assert np.max(solutions.num_steps) <= 20
+    for x, q in zip(solutions.x, Q[:4], strict=True):
+        assert kkt_residual(Q, q, x) <= 64 * np.finfo(np.float32).eps
+
+
+@pytest.mark.parametrize("solver", [nonnegative_qp, power_equilibrium])
+def test_lowers_for_every_platform(solver):
+    args = jnp.eye(3), jnp.ones(3)
+    exported = jax.export.export(jax.jit(solver), platforms=("cpu", "cuda", "tpu"))(*args)
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+@pytest.mark.parametrize("solver", [nonnegative_qp, power_equilibrium])
+def test_shapes_are_checked(solver):
+    with pytest.raises(ValueError, match=r"Q has shape \(2, 3\)"):
+        solver(jnp.ones((2, 3)), jnp.ones(2))
+    with pytest.raises(ValueError, match=r"expected \(K, K\) and \(K,\)"):
+        solver(jnp.eye(3), jnp.ones(2))
+    with pytest.raises(ValueError, match="max_steps is 0"):
+        solver(jnp.eye(2), jnp.ones(2), max_steps=0)
+
+
+# The equilibrium.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("power", [0.2, 0.5, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_the_image_of_the_equilibrium_is_its_inverse_power(matrix, power, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        norms = np.linalg.norm(matrix, axis=1)
+        unit = (matrix / np.where(norms > 0, norms, 1)[:, None]).astype(dtype)
+        solution = compiled(power_equilibrium)(unit @ unit.T, norms.astype(dtype), power=power)
+    x = np.asarray(solution.x, np.float64)
+    assert solution.converged
+    assert solution.num_steps <= 60
+    np.testing.assert_array_equal(x > 0, norms > 0)
+    eps = np.finfo(dtype).eps
+    inverse_power = np.where(x > 0, np.where(x > 0, x, 1) ** -power, 0)
+    imbalance = np.abs(matrix @ (x @ matrix) - inverse_power)
+    magnitude = np.abs(matrix @ matrix.T) @ x + inverse_power
+    assert np.all(imbalance <= 64 * eps * magnitude)
+    if np.linalg.cond(unit) < 1e3 and np.ptp(np.log(norms)) < 3:
+        # The rounding of the Gramian, amplified where rows nearly cancel.
+        rounding = 32 * np.linalg.cond(unit) ** 2 * eps
+        np.testing.assert_allclose(imbalance / inverse_power, 0, atol=rounding)
+
+
+def test_the_equilibrium_of_stationary_rows_is_large_and_finite():
+    antiparallel = np.array([[1.0, -1.0], [-1.0, 1.0]], np.float32)
+    solution = compiled(power_equilibrium)(antiparallel, np.ones(2, np.float32))
+    assert solution.converged
+    assert np.all(np.isfinite(solution.x))
+    assert np.min(solution.x) > 100
+
+
+def test_the_equilibrium_reports_nan():
+    assert not compiled(power_equilibrium)(np.full((2, 2), np.nan, np.float32)).converged

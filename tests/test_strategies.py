@@ -1,0 +1,304 @@
+"""What every strategy of the catalog must do."""
+
+import functools
+import inspect
+
+import chex
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import mtl_optax as mtl
+from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error
+
+TASKS = ("a", "b", "c")
+NAMES = sorted(mtl.STRATEGIES)
+# A strategy is one compiled program here and in the next run: shapes are shared over the file.
+# Weights that are drawn, or tasks that are chosen, by their position.
+BY_POSITION = {"rlw", "pcd", "lr_annealing", "m_config"}
+KPIS = {"a": 0.3, "b": 0.9, "c": 0.6}
+
+
+def make(name, num_tasks=3, seed=0, **options):
+    return mtl.make(name, num_tasks, key=jax.random.key(seed), **options)
+
+
+def step_fn(name, optimizer=None, **jac_options):
+    tx = optax.chain(make(name), optimizer or optax.adam(1e-2))
+
+    def step(params, opt_state, x, y):
+        losses, jac = mtl.value_and_jac(mlp_losses, **jac_options)(params, x, y)
+        updates, opt_state = tx.update(jac, opt_state, params, kpis=KPIS, unexpected=1.0)
+        return optax.apply_updates(params, updates), opt_state, losses
+
+    return tx, step
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_step(name):
+    """The step, jitted with donated state, and how often it was traced: shared by two tests."""
+    tx, step = step_fn(name)
+    traces = []
+
+    def counted(*args):
+        traces.append(name)
+        return step(*args)
+
+    return tx, jax.jit(counted, donate_argnums=(0, 1)), traces
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_jitted_with_donated_state_and_one_trace(name):
+    tx, step, traces = compiled_step(name)
+    params, (x, y) = mlp_params(jax.random.key(0)), mlp_batch(jax.random.key(1))
+    opt_state = tx.init(params)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), opt_state)
+    first = mlp_losses(params, x, y)
+    for _ in range(10):
+        params, opt_state, losses = step(params, opt_state, x, y)
+    assert len(traces) == 1
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), opt_state) == shapes
+    chex.assert_tree_all_finite((params, losses))
+    assert sum(losses.values()) < sum(first.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_in_scan_under_vmap_over_seeds(name):
+    _, step = step_fn(name)
+    x, y = mlp_batch(jax.random.key(1))
+
+    def start(seed):
+        params = mlp_params(jax.random.key(seed))
+        tx = optax.chain(mtl.make(name, 3, key=jax.random.key(seed)), optax.adam(1e-2))
+        return params, tx.init(params)
+
+    def train(seed):
+        body = lambda carry, _: (step(*carry, x, y)[:2], None)  # noqa: E731
+        return jax.lax.scan(body, start(seed), None, length=3)[0]
+
+    together = jax.jit(jax.vmap(train))(jnp.arange(2))
+    alone = start(1)
+    for _ in range(3):
+        alone = compiled_step(name)[1](*alone, x, y)[:2]
+    for stacked, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        if not jnp.issubdtype(single.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(stacked[1], single, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_keeps_the_dtype_of_parameters_and_state(name, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        tx, step = step_fn(name, optax.sgd(0.1))
+        params = mlp_params(jax.random.key(0), dtype=dtype)
+        batch = mlp_batch(jax.random.key(1), dtype=dtype)
+        opt_state = tx.init(params)
+        new_params, new_state, _ = jax.eval_shape(step, params, opt_state, *batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_params, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, opt_state)
+        if dtype == jnp.bfloat16:
+            chex.assert_tree_all_finite(jax.jit(step)(params, opt_state, *batch)[0])
+        for weights in optax.tree.get_all_with_path(opt_state, "weights"):
+            assert weights[1].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exports_for_cpu_cuda_and_tpu(name):
+    tx, step = step_fn(name)
+    params, batch = mlp_params(jax.random.key(0)), mlp_batch(jax.random.key(1))
+    opt_state = tx.init(params)
+    # Typed keys are not a type of the exchange format: they cross it as their raw data.
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    raw = lambda tree: jax.tree.map(lambda k: jax.random.key_data(k) if is_key(k) else k, tree)  # noqa: E731
+
+    def raw_step(params, raw_state, x, y):
+        restore = lambda like, k: jax.random.wrap_key_data(k) if is_key(like) else k  # noqa: E731
+        params, state, losses = step(params, jax.tree.map(restore, opt_state, raw_state), x, y)
+        return params, raw(state), losses
+
+    exported = jax.export.export(jax.jit(raw_step), platforms=("cpu", "cuda", "tpu"))(
+        params, raw(opt_state), *batch
+    )
+    assert set(exported.platforms) == {"cpu", "cuda", "tpu"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumes_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    tx, step, _ = compiled_step(name)
+    params, batch = mlp_params(jax.random.key(0)), mlp_batch(jax.random.key(1))
+    params, opt_state, _ = step(params, tx.init(params), *batch)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", opt_state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", opt_state)
+    on = jax.tree.map(jnp.copy, params)
+    for got, expected in zip(
+        jax.tree.leaves(step(on, restored, *batch)),
+        jax.tree.leaves(step(params, opt_state, *batch)),
+        strict=True,
+    ):
+        assert jnp.array_equal(got, expected)
+
+
+def numeric_option(name):
+    """One option with a float default, and the options that are static."""
+    signature = inspect.signature(mtl.STRATEGIES[name].factory)
+    defaults = {k: p.default for k, p in signature.parameters.items()}
+    floats = [k for k, default in defaults.items() if isinstance(default, float)]
+    return floats[:1], tuple(k for k in defaults if k not in floats[:1])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if numeric_option(name)[0]])
+def test_a_numeric_option_follows_a_schedule(name):
+    row, ((option,), static) = mtl.STRATEGIES[name], numeric_option(name)
+    default = inspect.signature(row.factory).parameters[option].default
+    factory = optax.inject_hyperparams(row.factory, static_args=static)
+    key = {"key": jax.random.key(0)} if row.stochastic else {}
+    tx = factory(num_tasks=3, **{option: optax.constant_schedule(default)}, **key)
+    step = jax.jit(lambda m, s: tx.update(m, s, m[0], losses=LOSSES, kpis=LOSSES / 3))
+    update, state = step(MATRIX, tx.init(MATRIX[0]))
+    np.testing.assert_allclose(state.hyperparams[option], default, rtol=1e-6)
+    assert relative_error(update, aggregate(name, MATRIX, LOSSES, 0, LOSSES / 3)[0]) < 1e-5
+
+
+# Laws of the map from a Jacobian to an update, on given Jacobians.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def aggregate(name, matrix, losses, seed=0, kpis=None):
+    tx = make(name, matrix.shape[0], seed)
+    if mtl.STRATEGIES[name].extra_args and kpis is None:
+        kpis = jnp.linspace(0.2, 0.9, matrix.shape[0])
+    updates, state = tx.update(matrix, tx.init(matrix[0]), matrix[0], losses=losses, kpis=kpis)
+    found = optax.tree.get_all_with_path(state, "weights")  # a chain of links has several
+    return updates, found[-1][1] if found else jnp.ones(matrix.shape[0])
+
+
+MATRIX = jax.random.normal(jax.random.key(7), (3, 10)) - 0.3
+LOSSES = jnp.array([0.7, 1.1, 2.0])
+
+
+# M-ConFIG divides by the root of a second moment plus an epsilon, like Adam.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "m_config"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_scaling_the_jacobian_scales_the_update(name, scale):
+    update, _ = aggregate(name, MATRIX, LOSSES)
+    scaled, _ = aggregate(name, scale * MATRIX, LOSSES)
+    factor = 1 if mtl.STRATEGIES[name].scale == "unit" else scale
+    assert relative_error(scaled / factor, update) < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_POSITION])
+def test_permuting_the_tasks_permutes_the_weights_and_keeps_the_update(name):
+    # Two tasks: there a random order has no say.
+    order = jnp.array([1, 0])
+    kpis = jnp.array([0.4, 0.8])
+    update, weights = aggregate(name, MATRIX[:2], LOSSES[:2], 0, kpis)
+    permuted, permuted_weights = aggregate(
+        name, MATRIX[:2][order], LOSSES[:2][order], 0, kpis[order]
+    )
+    assert relative_error(permuted, update) < 1e-5
+    np.testing.assert_allclose(permuted_weights, weights[order], rtol=1e-5)
+    if not mtl.STRATEGIES[name].stochastic:
+        order, kpis = jnp.array([2, 0, 1]), jnp.array([0.4, 0.8, 0.5])
+        update, weights = aggregate(name, MATRIX, LOSSES, 0, kpis)
+        permuted, permuted_weights = aggregate(name, MATRIX[order], LOSSES[order], 0, kpis[order])
+        assert relative_error(permuted, update) < 1e-5
+        np.testing.assert_allclose(permuted_weights, weights[order], rtol=1e-4)
+
+
+DEGENERATE = {
+    "one task": MATRIX[:1],
+    "duplicate rows": MATRIX[jnp.array([0, 0, 1])],
+    "a zero row": MATRIX.at[1].set(0),
+    "all zero": jnp.zeros((3, 10)),
+    "antiparallel rows": jnp.stack([MATRIX[0], -MATRIX[0], MATRIX[1]]),
+    "rank one": jnp.array([[1.0], [-2.0], [0.5]]) * MATRIX[:1],
+    "badly scaled": MATRIX * jnp.array([[1e-4], [1.0], [1e4]]),
+    "norms of 1e15": MATRIX * 1e15,
+    "more tasks than parameters": MATRIX.at[:, 2:].set(0),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("name", NAMES)
+def test_degenerate_jacobians_are_normal_input(name, case):
+    matrix = DEGENERATE[case]
+    update, weights = aggregate(name, matrix, LOSSES[: len(matrix)])
+    chex.assert_tree_all_finite((update, weights))
+    if case == "one task" and mtl.STRATEGIES[name].scale in ("sum", "mean"):
+        np.testing.assert_allclose(update, matrix[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_task_does_not_poison_the_state(name):
+    tx = make(name)
+    step = jax.jit(lambda m, s, losses: tx.update(m, s, m[0], losses=losses, kpis=losses / 10))
+    state = tx.init(MATRIX[0])
+    for bad in (jnp.nan, jnp.inf):
+        _, state = step(MATRIX.at[1].set(bad), state, LOSSES.at[1].set(bad))
+        update, state = step(MATRIX, state, LOSSES)
+    numbers = [
+        s for s in jax.tree.leaves(state) if not jnp.issubdtype(s.dtype, jax.dtypes.prng_key)
+    ]
+    chex.assert_tree_all_finite((update, numbers))
+
+
+# Cost.
+
+
+def compiled_flops(step, *args):
+    return jax.jit(step).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.fixture(scope="module", name="plain_step")
+def _plain_step():
+    tasks, sizes = ("a", "b", "c", "d"), (256, 256, 256, 256, 256)
+    params = mlp_params(jax.random.key(0), sizes, tasks)
+    batch = mlp_batch(jax.random.key(1), tasks, 128, 256)
+    optimizer = optax.adam(1e-3)
+
+    def plain(params, opt_state, x, y):
+        grads = jax.grad(lambda p: sum(mlp_losses(p, x, y).values()))(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return params, batch, compiled_flops(plain, params, optimizer.init(params), *batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "options"),
+    [(row.name, 1.005, {}) for row in mtl.STRATEGIES.values() if row.needs == "losses"]
+    + [
+        (
+            "gradnorm",
+            1.35,
+            {"gramian_at": lambda p: {"trunk": [False, False, False, True], "heads": False}},
+        )
+    ],
+)
+def test_costs_no_more_flops_than(plain_step, name, ratio, options):
+    params, batch, plain = plain_step
+    tx = optax.chain(make(name, num_tasks=4), optax.adam(1e-3))
+    kpis = {"a": 0.3, "b": 0.9, "c": 0.6, "d": 0.5}
+
+    def step(params, opt_state, *batch):
+        _, jac = mtl.value_and_jac(mlp_losses, **options)(params, *batch)
+        updates, opt_state = tx.update(jac, opt_state, params, kpis=kpis)
+        return optax.apply_updates(params, updates), opt_state
+
+    assert compiled_flops(step, params, tx.init(params), *batch) <= ratio * plain
+
+
+def test_the_catalog_lists_every_strategy_and_names_the_near_ones():
+    assert {"uncertainty", "uwso", "gradnorm", "dwa", "dtp", "pareto", "mgda", "pcgrad"} <= set(
+        NAMES
+    )
+    with pytest.raises(ValueError, match="near it: gradnorm"):
+        mtl.make("grad_norm", 2)
+    with pytest.raises(ValueError, match="pass key="):
+        mtl.make("pcgrad", 2)
