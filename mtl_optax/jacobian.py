@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mtl_optax._linear_map import ROW_MODES, LinearMap, RowMode
-from mtl_optax.solvers._base import power_of_two
+from mtl_optax._rows import mix, scale_rows, scaled_products
 
 # In jax.core up to JAX 0.9, in jax.extend.core since.
 _trace_state = getattr(jex, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
@@ -160,7 +160,7 @@ class Jacobian(metaclass=_JacobianType):
                 f"the Jacobians of two batches have rows of shapes {expected} and {shapes}, "
                 "expected the same tasks, parameters and options of value_and_jac"
             )
-        products, scales, other_scales = _scaled_products(rows, others, self.num_tasks, dtype)
+        products, scales, other_scales = scaled_products(rows, others, self.num_tasks, dtype)
         return products, self._scaled(scales), other._scaled(other_scales)
 
     def scale(self, weights: jax.Array, *, losses: Any = None) -> "Jacobian":
@@ -283,7 +283,7 @@ class Jacobian(metaclass=_JacobianType):
 
     def _rescaled(self, rows: list[jax.Array]) -> list[jax.Array]:
         scales = self._scales
-        return rows if scales is None else [_scale_rows(row, scales) for row in rows]
+        return rows if scales is None else [scale_rows(row, scales) for row in rows]
 
     def _measured_rows(self) -> list[jax.Array]:
         layout = self._layout
@@ -299,7 +299,8 @@ class Jacobian(metaclass=_JacobianType):
 
     def _scaled_gramian(self) -> tuple[jax.Array, jax.Array]:
         rows = self._once("measured_rows", self._measured_rows)
-        return _scaled_gramian(rows, self.num_tasks, self.dtype)
+        products, scales, _ = scaled_products(rows, rows, self.num_tasks, self.dtype)
+        return products, scales
 
     def _pull(self, weights: jax.Array, wanted: Sequence[bool] | None = None) -> list[Any]:
         """Jᵀw with the scales applied; leaves whose rows are at hand are combined from them."""
@@ -307,7 +308,7 @@ class Jacobian(metaclass=_JacobianType):
         if self._probe is not None or "measured_rows" not in self._memo:
             return self._map.pullback(weights)
         rows = iter(self._once("measured_rows", self._measured_rows))
-        leaves = [_mix(weights, next(rows)) if known else None for known in layout.measured]
+        leaves = [mix(weights, next(rows)) if known else None for known in layout.measured]
         wanted = wanted or (True,) * len(leaves)
         if all(known or not want for known, want in zip(layout.measured, wanted, strict=True)):
             return leaves
@@ -374,7 +375,7 @@ class _DenseMap:
         self._rows = rows
 
     def pullback(self, weights: jax.Array) -> list[jax.Array]:
-        return [_mix(weights, row) for row in self._rows]
+        return [mix(weights, row) for row in self._rows]
 
     def rows(self, mode: RowMode) -> list[jax.Array]:
         del mode
@@ -397,7 +398,7 @@ class _GuardedMap:
         return jax.lax.cond(
             jnp.all(self._tasks),
             self._inner.pullback,
-            lambda w: [_mix(w, row) for row in self.rows("isolated")],
+            lambda w: [mix(w, row) for row in self.rows("isolated")],
             weights,
         )
 
@@ -710,55 +711,5 @@ def _choose(mask: Sequence[bool], if_true: Sequence[Any], if_false: Sequence[Any
     return [a if m else b for m, a, b in zip(mask, if_true, if_false, strict=True)]
 
 
-def _mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """Σ w_k rows_k of one leaf, accumulated in at least float32."""
-    weights = weights.astype(jnp.promote_types(jnp.float32, rows.dtype))
-    wide = rows.astype(weights.dtype)
-    mixed = jnp.tensordot(weights, wide, 1, precision=jax.lax.Precision.HIGHEST)
-    return mixed.astype(rows.dtype)
-
-
 def _pullback_all(linear_map: Any, probe: Any, weights: jax.Array) -> list[jax.Array]:
     return [*linear_map.pullback(weights), *([] if probe is None else probe.pullback(weights))]
-
-
-def _scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
-    scales = scales.reshape(-1, *[1] * (rows.ndim - 1))
-    return (rows.astype(scales.dtype) * scales).astype(rows.dtype)
-
-
-def _scaled_gramian(
-    rows: Sequence[jax.Array], num_tasks: int, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """M and s of G = diag(s) M diag(s): squares of the rows themselves may overflow."""
-    products, scales, _ = _scaled_products(rows, rows, num_tasks, dtype)
-    return products, scales
-
-
-def _scaled_products(
-    rows: Sequence[jax.Array], others: Sequence[jax.Array], num_tasks: int, dtype: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """M, s and t of diag(s) M diag(t), the inner products of two sets of rows."""
-    products = jnp.zeros((num_tasks, num_tasks), dtype)
-    if not rows:
-        return products, jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype)
-    dtype = jnp.promote_types(dtype, jnp.result_type(*rows))
-
-    def unit(rows):
-        wide = [row.astype(dtype) for row in rows]
-        scales = jnp.zeros(num_tasks, dtype)
-        for row in wide:
-            scales = jnp.maximum(scales, jnp.max(jnp.abs(row), axis=range(1, row.ndim), initial=0))
-        divisor = power_of_two(scales)
-        units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in wide]
-        return units, jnp.where(scales == 0, 0, divisor)
-
-    left, scales = unit(rows)
-    right, other_scales = (left, scales) if others is rows else unit(others)
-    for a, b in zip(left, right, strict=True):
-        # Contracting every axis of the parameter in place keeps a sharded leaf sharded.
-        axes = tuple(range(1, a.ndim))
-        products += jax.lax.dot_general(
-            a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST
-        )
-    return products, scales, other_scales
