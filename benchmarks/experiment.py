@@ -114,16 +114,17 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in packages},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": f"{platform.system()} {platform.machine()}, {_num_cpus()} CPU cores",
+        "machine": f"{platform.system()} {platform.machine()}, {num_cpus()} CPU cores",
     }
+
+
+def num_cpus() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _single(task: str) -> str:
     return f"single task: {task}"
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _advance(one: _Run, train_split: Any, test_split: Any, indices: jax.Array) -> None:

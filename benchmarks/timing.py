@@ -1,0 +1,99 @@
+"""Calls timed side by side, the peer they are timed against, and how the numbers are kept."""
+
+import collections
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks import experiment
+
+RESULTS = Path(__file__).parent / "results"
+_LEAST_SECONDS = 0.01  # a sample repeats a shorter call until it takes this long
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 20, max_seconds: float = 60.0
+) -> dict[str, list[float]]:
+    """Times calls in turns, so that a slow moment of the machine hits all alike.
+
+    The first call of each, which compiles, is not timed. The order rotates from round to round, and
+    nothing counts before a call's arrays are ready. A short call is repeated within its turn, after
+    one that only brings its data back to the caches.
+
+    Args:
+      calls: what to time, by name; each returns what it computes.
+      rounds: the most turns each call gets.
+      max_seconds: no round begins later than this; the first always runs.
+
+    Returns:
+      For each name the seconds of a call, one number a round.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        repeats[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, begin = collections.deque(calls), time.perf_counter()
+    for turn in range(rounds):
+        if turn and time.perf_counter() - begin > max_seconds:
+            break
+        for name in order:
+            if repeats[name] > 1:
+                jax.block_until_ready(calls[name]())
+            times[name].append(_seconds(calls[name], repeats[name]))
+        order.rotate(1)
+    return times
+
+
+def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
+    """The median seconds of each call."""
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over the rounds of one call's time over another's of the same round."""
+    pairs = zip(times[name], times[base], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def load_peer() -> tuple[Any, Any] | None:
+    """The modules `(torch, torchjd)`, or None, after a line that says how to get them.
+
+    Torch gets as many threads as XLA takes: one a core.
+    """
+    try:
+        torch, torchjd = importlib.import_module("torch"), importlib.import_module("torchjd")
+    except ImportError as error:
+        print(f"{error}: only our side runs; for the peer's, pip install 'mtl-optax[bench]'")
+        return None
+    torch.set_num_threads(experiment.num_cpus())
+    return torch, torchjd
+
+
+def save(name: str, payload: Mapping[str, Any]) -> Path:
+    """Writes `results/<name>.json`: the payload after the machine and the versions."""
+    versions = experiment.versions()
+    for package in ("torch", "torchjd"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    text = json.dumps({"versions": versions, **payload}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        jax.block_until_ready(call())
+    return (time.perf_counter() - begin) / repeats
