@@ -49,23 +49,122 @@ def delta_m(
       Maninis et al., `Attentive Single-Tasking of Multiple Tasks
       <https://arxiv.org/abs/1904.08918>`_, 2019, eq. 4.
     """
-    metrics, baseline = jnp.asarray(metrics, float), jnp.asarray(baseline, float)
-    if metrics.ndim == 0 or metrics.shape[-1] == 0:
-        raise ValueError(
-            f"metrics have shape {metrics.shape}, expected (..., K) with K >= 1: "
-            "put the tasks on the last axis"
-        )
+    metrics, baseline = _per_task(metrics), jnp.asarray(baseline, float)
     if baseline.shape not in (metrics.shape, metrics.shape[-1:]):
         raise ValueError(
             f"baseline has shape {baseline.shape}, expected {metrics.shape[-1:]} (one number a "
             f"task) or {metrics.shape} (the shape of the metrics)"
         )
+    gain = _signs(higher_is_better, metrics) * (metrics - jnp.broadcast_to(baseline, metrics.shape))
+    return 100.0 * jnp.mean(gain / jnp.broadcast_to(jnp.abs(baseline), metrics.shape), axis=-1)
+
+
+def mean_rank(metrics: ArrayLike, *, higher_is_better: bool | Sequence[bool] = True) -> jax.Array:
+    r"""The rank of each method among M, averaged over the tasks; 1 is best.
+
+    .. math:: R_m = \frac1K \sum_{k=1}^K \Big(1 + \#\{j : M_{jk} \succ M_{mk}\} +
+              \tfrac12 \#\{j \ne m : M_{jk} = M_{mk}\}\Big)
+
+    Unlike `delta_m` it needs no baseline and one task's huge change counts no more than a small
+    one. Ties share their ranks. NaN is last.
+
+    Args:
+      metrics: the K metrics of M methods, ``(M, ..., K)``; the axes between (seeds) are kept.
+      higher_is_better: one bool for all tasks, or K of them; static.
+
+    Returns:
+      An array shaped as `metrics` without its last axis, between 1 and M.
+
+    Raises:
+      ValueError: if there is no axis of methods, no task, or `higher_is_better` is not K bools.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> accuracy_and_error = [[0.9, 0.3], [0.8, 0.1], [0.7, 0.3]]
+      >>> mtl.metrics.mean_rank(accuracy_and_error, higher_is_better=[True, False]).tolist()
+      [1.75, 1.5, 2.75]
+    """
+    metrics = _per_task(metrics)
+    if metrics.ndim < 2:
+        raise ValueError(
+            f"metrics have shape {metrics.shape}, expected (M, ..., K): put the methods on the "
+            "first axis"
+        )
+    scores = jnp.nan_to_num(_signs(higher_is_better, metrics) * metrics, nan=-jnp.inf)
+    mine, theirs = scores[:, None], scores[None]
+    ahead = jnp.sum(theirs > mine, axis=1) + 0.5 * (jnp.sum(theirs == mine, axis=1) - 1)
+    return 1.0 + jnp.mean(ahead, axis=-1)
+
+
+def hypervolume(
+    points: ArrayLike, reference: ArrayLike, *, higher_is_better: bool | Sequence[bool] = True
+) -> jax.Array:
+    r"""The volume that a set of points dominates, down to a reference point.
+
+    .. math:: H = \mathrm{vol}\Big(\bigcup_{n=1}^N \prod_{k=1}^K [r_k, p_{nk}]\Big)
+
+    for metrics where higher is better, mirrored where lower is. It grows when a point of the front
+    improves in any task. Points that are not better than the reference in every task add nothing,
+    and neither do points with NaN. Exact, by slicing; its cost grows as :math:`N^{K-1}`.
+
+    Args:
+      points: the metrics of N solutions, ``(N, K)``.
+      reference: a point that solutions should beat, ``(K,)``.
+      higher_is_better: one bool for all tasks, or K of them; static.
+
+    Returns:
+      A scalar, at least 0, in the product of the tasks' units.
+
+    Raises:
+      ValueError: if the shapes don't fit, there is no task, or `higher_is_better` is not K bools.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> float(mtl.metrics.hypervolume([[3.0, 1.0], [1.0, 2.0]], [0.0, 0.0]))
+      4.0
+
+    References:
+      Zitzler and Thiele, `Multiobjective Evolutionary Algorithms
+      <https://doi.org/10.1109/4235.797969>`_, 1999.
+    """
+    points, reference = _per_task(points), jnp.asarray(reference, float)
+    if points.ndim != 2 or reference.shape != points.shape[1:]:
+        raise ValueError(
+            f"points have shape {points.shape} and the reference {reference.shape}, expected "
+            "(N, K) and (K,)"
+        )
+    gains = _signs(higher_is_better, points) * (points - reference[None])
+    inside = jnp.all(gains > 0, axis=1, keepdims=True)  # False for NaN
+    return _volume(jnp.where(inside, gains, 0.0))
+
+
+def _volume(gains: jax.Array) -> jax.Array:
+    """The volume of the union of the boxes from 0 to each row."""
+    if gains.shape[1] == 1:
+        return jnp.max(gains, initial=0.0)
+    # Slices along the last axis: each is as wide as the union of the boxes that reach so high.
+    gains = gains[jnp.argsort(-gains[:, -1])]
+    heights = gains[:, -1] - jnp.append(gains[1:, -1], 0.0)
+    reached = jnp.tril(jnp.ones((len(gains), len(gains)), bool))
+    slices = jnp.where(reached[..., None], gains[None, :, :-1], 0.0)
+    return jnp.sum(heights * jax.vmap(_volume)(slices))
+
+
+def _per_task(metrics: ArrayLike) -> jax.Array:
+    metrics = jnp.asarray(metrics, float)
+    if metrics.ndim == 0 or metrics.shape[-1] == 0:
+        raise ValueError(
+            f"metrics have shape {metrics.shape}, expected (..., K) with K >= 1: "
+            "put the tasks on the last axis"
+        )
+    return metrics
+
+
+def _signs(higher_is_better: bool | Sequence[bool], metrics: jax.Array) -> jax.Array:
     better = np.asarray(higher_is_better)
     if better.dtype != bool or better.shape not in ((), metrics.shape[-1:]):
         raise ValueError(
             f"higher_is_better is {higher_is_better!r}, expected one bool or "
             f"{metrics.shape[-1]} of them, one a task"
         )
-    sign = jnp.broadcast_to(np.where(better, 1.0, -1.0), metrics.shape)
-    baseline = jnp.broadcast_to(baseline, metrics.shape)
-    return 100.0 * jnp.mean(sign * (metrics - baseline) / jnp.abs(baseline), axis=-1)
+    return jnp.broadcast_to(np.where(better, 1.0, -1.0), metrics.shape)

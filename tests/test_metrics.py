@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.metrics import delta_m
+from mtl_optax.metrics import delta_m, hypervolume, mean_rank
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,52 @@ def test_delta_m_keeps_leading_axes_and_vmaps():
 def test_delta_m_says_what_does_not_fit(metrics, baseline, higher_is_better, message):
     with pytest.raises(ValueError, match=message):
         delta_m(metrics, baseline, higher_is_better=higher_is_better)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "higher_is_better", "expected"),
+    [
+        ([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]], True, [2, 2, 2]),
+        ([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]], (True, False), [1, 2, 3]),
+        ([[0.5], [0.5], [0.4], [0.5]], True, [2, 2, 4, 2]),  # three share 1, 2 and 3
+        ([[0.5], [np.nan], [0.4]], False, [2, 3, 1]),
+        ([[[1.0], [5.0]], [[2.0], [4.0]]], True, [[2, 1], [1, 2]]),  # two seeds
+        ([[0.3, 0.4]], True, [1]),
+    ],
+)
+def test_mean_rank_by_hand(metrics, higher_is_better, expected):
+    np.testing.assert_allclose(mean_rank(metrics, higher_is_better=higher_is_better), expected)
+
+
+@pytest.mark.parametrize(
+    ("points", "reference", "higher_is_better", "expected"),
+    [
+        ([[2.0, 3.0]], [0.0, 1.0], True, 4),
+        ([[3, 1], [1, 2], [1, 1]], [0.0, 0.0], True, 4),  # the third is dominated
+        ([[3, 1], [3, 1]], [0.0, 0.0], True, 3),
+        ([[5, -1], [1, 2], [np.nan, 9]], [0.0, 0.0], True, 2),  # outside, and no number
+        ([[0.2, 0.9]], [0.5, 0.5], (False, True), 0.12),
+        ([[1.0], [4.0]], [1.0], True, 3),
+        # Boxes 2x2x1, 1x2x2 and 2x1x2 share 1x1x1 in threes: 12 - (2 + 2 + 2) + 1.
+        ([[2, 2, 1], [1, 2, 2], [2, 1, 2]], [0.0, 0.0, 0.0], True, 7),
+    ],
+)
+def test_hypervolume_by_hand(points, reference, higher_is_better, expected):
+    actual = hypervolume(points, reference, higher_is_better=higher_is_better)
+    assert float(actual) == pytest.approx(expected, rel=1e-5)
+
+
+def test_hypervolume_is_the_share_of_random_points_below_the_front():
+    rng = np.random.default_rng(0)
+    points, draws = rng.random((6, 4)), rng.random((200_000, 4))
+    share = np.mean(np.any(np.all(draws[:, None] < points, axis=2), axis=1))
+    assert float(hypervolume(points, np.zeros(4))) == pytest.approx(share, abs=0.004)
+
+
+def test_ranks_and_volumes_say_what_does_not_fit():
+    with pytest.raises(ValueError, match="methods on the first axis"):
+        mean_rank([0.1, 0.2])
+    with pytest.raises(ValueError, match=r"\(3,\).*expected \(N, K\) and \(K,\)"):
+        hypervolume([[1.0, 2.0]], [0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="2 of them"):
+        hypervolume([[1.0, 2.0]], [0.0, 0.0], higher_is_better=[True])
