@@ -13,7 +13,6 @@ from mtl_optax.solvers import nonnegative_qp
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 K = 8
-RNG = np.random.default_rng(0)
 
 
 @functools.cache
@@ -21,17 +20,22 @@ def compiled(solver, **options):
     return jax.jit(functools.partial(solver, **options))
 
 
+def normals(*shape, seed=0):
+    """A fresh draw at each call: what a test gets must not depend on which ran before it."""
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
 def matrices():
     """Rows of every kind, (K, P)."""
-    normal = RNG.standard_normal((K, 20))
+    normal = normals(K, 20)
     spread = 10.0 ** np.linspace(-4, 4, K)[:, None]
     yield "normal", normal
     yield "conflicting", normal - 0.95 * normal.mean(0)
     yield "ill-conditioned", normal * 10.0 ** -np.linspace(0, 5, 20)[None, :]
     yield "badly scaled", normal * spread
     yield "duplicates", normal[[0, 0, 1, 1, 2, 3, 3, 3]]
-    yield "rank 3", RNG.standard_normal((K, 3)) @ RNG.standard_normal((3, 20))
-    yield "rank 1", RNG.standard_normal((K, 1)) * normal[:1]
+    yield "rank 3", normals(K, 3, seed=1) @ normals(3, 20, seed=2)
+    yield "rank 1", normals(K, 1, seed=3) * normal[:1]
     yield "antiparallel", normal[[0, 1, 2, 3, 0, 4, 5, 6]] * np.r_[[1.0] * 4, -1, 1, 1, 1][:, None]
     yield "zero rows", normal * (np.arange(K) % 3 > 0)[:, None]
     yield "zero", np.zeros((K, 20))
@@ -54,7 +58,7 @@ def kkt_residual(Q, q, x):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_satisfies_the_optimality_conditions(matrix, dtype):
-    target = RNG.standard_normal(matrix.shape[1])
+    target = normals(matrix.shape[1], seed=4)
     with jax.enable_x64(dtype == np.float64):
         J, b = matrix.astype(dtype), target.astype(dtype)
         Q, q = J @ J.T, -J @ b
@@ -73,9 +77,9 @@ def test_satisfies_the_optimality_conditions(matrix, dtype):
 
 
 def test_agrees_with_trying_every_active_set():
-    for _ in range(20):
-        J = RNG.standard_normal((4, 6)) - 0.4
-        Q, q = J @ J.T, RNG.standard_normal(4)
+    for seed in range(20):
+        J = normals(4, 6, seed=seed) - 0.4
+        Q, q = J @ J.T, normals(4, seed=100 + seed)
         best = np.inf
         for mask in range(16):
             free = np.array([mask >> i & 1 for i in range(4)], bool)
@@ -90,12 +94,13 @@ def test_agrees_with_trying_every_active_set():
 
 @pytest.mark.parametrize("power", [-100, -20, 20, 100])
 def test_scaling_the_problem_scales_the_solution(power):
-    J = RNG.standard_normal((K, 20)).astype(np.float32)
-    Q, q, factor = J @ J.T, J @ RNG.standard_normal(20).astype(np.float32), np.float32(2.0**power)
+    J = normals(K, 20).astype(np.float32)
+    Q, q = J @ J.T, J @ normals(20, seed=1).astype(np.float32)
+    factor = np.float32(2.0**power)
     x = compiled(nonnegative_qp)(Q, q).x
     np.testing.assert_array_equal(compiled(nonnegative_qp)(factor * Q, factor * q).x, x)
     np.testing.assert_array_equal(compiled(nonnegative_qp)(Q, factor * q).x, factor * x)
-    rows = np.float32(2.0) ** RNG.integers(-20, 20, K).astype(np.float32)
+    rows = np.float32(2.0) ** np.array([-20, 13, 3, 19, -7, -11, 0, 8], np.float32)
     scaled = compiled(nonnegative_qp)(rows[:, None] * Q * rows[None, :], rows * q).x
     np.testing.assert_allclose(scaled * rows, x, rtol=1e-6, atol=1e-6)
 
@@ -111,14 +116,20 @@ def test_an_unbounded_problem_gives_a_finite_point():
 
 
 def test_reports_when_the_steps_are_too_few_or_the_input_is_nan():
-    J = RNG.standard_normal((K, 20)).astype(np.float32)
-    q = -J @ RNG.standard_normal(20).astype(np.float32)
-    assert not compiled(nonnegative_qp, max_steps=1)(J @ J.T, q).converged
-    assert not compiled(nonnegative_qp)((J @ J.T) * np.float32(np.nan), q).converged
+    # The first system frees the variables of negative q, here one. Its minimum (1, 0, ...) leaves
+    # the second variable a slope of -1/4: the answer frees both.
+    Q, q = np.eye(K, dtype=np.float32), np.ones(K, np.float32)
+    Q[0, 1] = Q[1, 0] = -0.5
+    q[:2] = -1, 0.25
+    assert not compiled(nonnegative_qp, max_steps=1)(Q, q).converged
+    solution = compiled(nonnegative_qp)(Q, q)
+    assert solution.converged
+    np.testing.assert_allclose(solution.x, [7 / 6, 1 / 3] + [0] * (K - 2), rtol=1e-6)
+    assert not compiled(nonnegative_qp)(Q * np.float32(np.nan), q).converged
 
 
 def test_many_right_sides_at_once_and_as_many_as_128_tasks():
-    J = RNG.standard_normal((128, 200)).astype(np.float32)
+    J = normals(128, 200).astype(np.float32)
     Q = J @ J.T
     solve = jax.jit(jax.vmap(nonnegative_qp, in_axes=(None, 0)))
     solutions = solve(Q, Q[:4])
