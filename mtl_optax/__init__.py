@@ -10,6 +10,7 @@ from mtl_optax.aggregators import (
     cr_mogm,
     db_mtl,
     dualproj,
+    epo,
     excess_mtl,
     fairgrad,
     graddrop,

@@ -112,6 +112,8 @@ _ROWS = (
              _ARXIV + "1706.08840", aggregators.dualproj),
     Strategy("conflict_free", "aggregator", "gramian", "sum", "equal cosines with all (ConFIG)",
              _ARXIV + "2408.11104", aggregators.conflict_free),
+    Strategy("epo", "aggregator", "gramian", "mean", "to a chosen ratio of the losses",
+             "https://proceedings.mlr.press/v119/mahapatra20a.html", aggregators.epo),
     Strategy("ntk", "balancer", "gramian", "free", "equal convergence rates by kernel traces",
              _ARXIV + "2007.14527", balancers.ntk),
     Strategy("lr_annealing", "balancer", "rows", "free", "terms at the size of the residual's",

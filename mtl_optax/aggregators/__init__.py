@@ -7,6 +7,7 @@ from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.aggregators._cr_mogm import CrMogmState, cr_mogm
 from mtl_optax.aggregators._db_mtl import DbMtlState, db_mtl
 from mtl_optax.aggregators._dualproj import dualproj
+from mtl_optax.aggregators._epo import epo
 from mtl_optax.aggregators._excess_mtl import ExcessMtlState, excess_mtl
 from mtl_optax.aggregators._fairgrad import fairgrad
 from mtl_optax.aggregators._graddrop import GraddropState, graddrop
@@ -48,6 +49,7 @@ __all__ = [
     "cr_mogm",
     "db_mtl",
     "dualproj",
+    "epo",
     "excess_mtl",
     "fairgrad",
     "graddrop",
