@@ -1,5 +1,9 @@
 """Multi-task architectures: forward passes by hand, who owns which parameter, transformations."""
 
+import os
+import subprocess
+import sys
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -8,10 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import mtl_optax as mtl
 from mtl_optax import models
 
 # Few distinct widths, since making an initialiser compile is most of the time here.
 WIDTH, EXPERTS, TASKS = 4, (4, 4), ("a", "b", "c")
+GAMMA = 30.0  # a smooth step so wide that no bit of a selector saturates
 HEADS = {"c": 2, "a": 2, "b": (4, 2)}
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, WIDTH)), jnp.float32)
 FACTORIES = {
@@ -29,7 +35,17 @@ FACTORIES = {
     "mmoe": lambda heads=HEADS, **kw: models.MMoE(
         (4, 4), heads, experts=EXPERTS, num_experts=3, **kw
     ),
-    "cgc": lambda heads=HEADS, **kw: models.PLE(4, heads, experts=4, num_shared_experts=2, **kw),
+    "dselect_k": lambda heads=HEADS, **kw: models.DSelectK(
+        (4, 4), heads, experts=EXPERTS, num_experts=3, num_selected=2, gamma=GAMMA, **kw
+    ),
+    "cross_stitch": lambda heads=HEADS, **kw: models.CrossStitch(
+        (4, 4), heads, blocks=(4, EXPERTS), **kw
+    ),
+    "ltb": lambda heads=HEADS, **kw: models.LTB(
+        (4, 4), heads, blocks=(4, EXPERTS, 4), num_branches=2, **kw
+    ),
+    "mtan": lambda heads=HEADS, **kw: models.MTAN((4, 4), heads, blocks=(4, EXPERTS), **kw),
+    "cgc": lambda heads=HEADS, **kw: models.CGC(4, heads, experts=4, num_shared_experts=2, **kw),
     "ple": lambda heads=HEADS, **kw: models.PLE(
         (4, 4), heads, experts=4, num_task_experts={"a": 1, "b": 2, "c": 1}, num_levels=3, **kw
     ),
@@ -38,24 +54,32 @@ FACTORIES = {
 
 def make(name, seed=0, **kwargs):
     """A smooth model with generic parameters: no dead units and no zero biases."""
-    model = FACTORIES[name](activation=jnp.tanh, rngs=nnx.Rngs(seed), **kwargs)
+    return fill(lambda: FACTORIES[name](activation=jnp.tanh, rngs=nnx.Rngs(0), **kwargs), seed)
+
+
+def fill(create, seed=0):
+    """A model with random parameters; abstract until then, so that no initialiser compiles."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(create))
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.7, p.dtype), nnx.state(model)
+    return nnx.merge(
+        graphdef,
+        jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape) * 0.7, p.dtype), shapes),
     )
-    nnx.update(model, params)
-    return model
 
 
 def assert_close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-5)
 
 
+def by_path(tree):
+    """Leaves of a tree of parameters by path."""
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(tree))[0]
+    return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
+
+
 def flat(model):
     """Parameters by path, as NumPy arrays."""
-    state = nnx.to_pure_dict(nnx.state(model))
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {"/".join(str(k.key) for k in path): np.asarray(leaf) for path, leaf in leaves}
+    return {path: np.asarray(leaf) for path, leaf in by_path(nnx.state(model)).items()}
 
 
 # ---- the forward passes, by hand ------------------------------------------------------------
@@ -127,6 +151,57 @@ def mmoe_by_hand(p, x):
     return {task: head(p, task, gated(p, f"gates/{task}", h, outputs)) for task in TASKS}
 
 
+def selected(p, prefix, x):
+    """Weights of three experts, whose numbers two selectors spell in two bits each."""
+    t = dense(p, f"{prefix}/bits", x).reshape(len(x), 2, 2) / GAMMA
+    one = 0.5 + 1.5 * t - 2 * t**3
+    low, high = one[..., 0], one[..., 1]
+    codes = [(1 - high) * (1 - low), (1 - high) * low, high * (1 - low), high * low]
+    each = np.stack([codes[0] + codes[3], codes[1], codes[2]], -1)
+    return (softmax(dense(p, f"{prefix}/scores", x))[..., None] * each).sum(1)
+
+
+def dselect_k_by_hand(p, x):
+    h = stack(p, "encoder", x, final=True)
+    outputs = np.stack(experts(p, "experts", h), 1)
+    weights = {task: selected(p, f"gates/{task}", h) for task in TASKS}
+    return {task: head(p, task, (weights[task][..., None] * outputs).sum(1)) for task in TASKS}
+
+
+def columns_by_hand(weights):
+    """Columns of blocks that read mixtures of each other, with `weights` of the parameters."""
+
+    def by_hand(p, x):
+        outputs = experts(p, "blocks/0", stack(p, "encoder", x, final=True))
+        level = 1
+        while f"mixtures/{level - 1}" in p:
+            inputs = weights(p[f"mixtures/{level - 1}"]) @ np.stack(outputs, 1)
+            prefix = f"blocks/{level}/stack"
+            outputs = [
+                stack(p, prefix, inputs[:, i], final=True, expert=i) for i in range(len(outputs))
+            ]
+            level += 1
+        return {
+            task: head(p, task, weights(p[f"reads/{task}"]) @ np.stack(outputs, 1))
+            for task in TASKS
+        }
+
+    return by_hand
+
+
+def mtan_by_hand(p, x):
+    shared, kept = stack(p, "encoder", x, final=True), {}
+    for level in (0, 1):
+        shared = stack(p, f"blocks/{level}", shared, final=True)
+        for task in TASKS:
+            seen = [shared]
+            if level:
+                seen.append(stack(p, "transfers/0", kept[task], final=True))
+            logits = stack(p, f"attention/{task}/{level}", np.concatenate(seen, 1), final=False)
+            kept[task] = shared / (1 + np.exp(-logits))
+    return {task: head(p, task, kept[task]) for task in TASKS}
+
+
 def cgc_by_hand(p, x):
     shared = experts(p, "levels/0/shared_experts", x)
     return {
@@ -161,6 +236,10 @@ BY_HAND = {
     "hierarchical": hierarchical_by_hand,
     "hierarchical_hidden": hierarchical_hidden_by_hand,
     "mmoe": mmoe_by_hand,
+    "dselect_k": dselect_k_by_hand,
+    "cross_stitch": columns_by_hand(lambda alpha: alpha),
+    "ltb": columns_by_hand(softmax),
+    "mtan": mtan_by_hand,
     "cgc": cgc_by_hand,
     "ple": ple_by_hand,
 }
@@ -187,36 +266,59 @@ def ple_tasks(path):
     return own_task(path) if own else set(TASKS)
 
 
+def own(*parts):
+    """Every parameter is shared by all tasks, but those in these parts of the model."""
+    return lambda path: own_task(path) if path.startswith(parts) else set(TASKS)
+
+
 TASKS_OF = {
-    "hard_sharing": lambda p: own_task(p) if p.startswith("heads") else set(TASKS),
+    "hard_sharing": own("heads"),
     "hierarchical": hierarchical_tasks,
     "hierarchical_hidden": lambda p: own_task(p) if "layers/1" in p else hierarchical_tasks(p),
-    "mmoe": lambda p: own_task(p) if p.startswith(("heads", "gates")) else set(TASKS),
+    "mmoe": own("heads", "gates"),
+    "dselect_k": own("heads", "gates"),
+    "cross_stitch": own("heads", "reads"),
+    "ltb": own("heads", "reads"),
+    "mtan": own("heads", "attention"),
     "cgc": lambda p: set(TASKS) if "shared_experts" in p else own_task(p),
     "ple": ple_tasks,
 }
 
 
-def tasks_by_gradient(model):
-    """For each parameter, the tasks whose loss has a gradient for every entry of it."""
+def losses_of(model):
+    """A smooth loss of every task, and the parameters."""
     graphdef, params = nnx.split(model)
 
-    @jax.jit
-    def rows(params):
-        def losses(params):
-            outputs = nnx.merge(graphdef, params)(X)
-            return {task: jnp.sum(jnp.sin(y)) for task, y in outputs.items()}
+    def losses(params):
+        outputs = nnx.merge(graphdef, params)(X)
+        return {task: jnp.sum(jnp.sin(y)) for task, y in outputs.items()}
 
-        return jax.jacrev(losses)(params)
+    return losses, params
 
+
+def tasks_by_gradient(model):
+    """For each parameter, the tasks whose loss has a gradient for every entry of it."""
+    losses, params = losses_of(model)
     reached = {}
-    for task, row in rows(params).items():
-        leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(row))[0]
-        for path, leaf in leaves:
-            name = "/".join(str(k.key) for k in path)
+    for task, row in jax.jit(jax.jacrev(losses))(params).items():
+        for name, leaf in by_path(row).items():
             assert (leaf != 0).all() or (leaf == 0).all(), name
             reached.setdefault(name, set()).update({task} if (leaf != 0).all() else ())
     return reached
+
+
+def shared_by_program(model):
+    """For each parameter, whether `shared="auto"` takes it for shared."""
+    losses, params = losses_of(model)
+    found = {}
+
+    def trace(params):
+        _, jac = mtl.value_and_jac(losses, shared="auto")(params)
+        found.update(by_path(jac.shared))
+        return jac.losses
+
+    jax.eval_shape(trace, params)
+    return found
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -257,8 +359,9 @@ def test_model(name):
 @pytest.mark.parametrize("name", FACTORIES)
 def test_parameters_belong_to_the_documented_tasks(name):
     model = make(name)
-    reached = tasks_by_gradient(model)
-    assert reached == {path: TASKS_OF[name](path) for path in flat(model)}
+    documented = {path: TASKS_OF[name](path) for path in flat(model)}
+    assert tasks_by_gradient(model) == documented
+    assert shared_by_program(model) == {path: len(tasks) > 1 for path, tasks in documented.items()}
 
 
 def test_stop_gradient_makes_every_head_its_own():
@@ -274,21 +377,82 @@ def test_stop_gradient_makes_every_head_its_own():
     assert tasks_by_gradient(model) == expected
 
 
-@pytest.mark.parametrize(("name", "levels"), [("mmoe", 1), ("cgc", 1), ("ple", 3)])
-def test_gate_weights_sum_to_one(name, levels):
+def paths_by_hand(p, task):
+    """Probability of every node of `ltb` on the way to a task, from the first level on."""
+    path = [softmax(p[f"reads/{task}"])]
+    for level in (1, 0):
+        path.insert(0, path[0] @ softmax(p[f"mixtures/{level}"]))
+    return path
+
+
+UTILIZATION = {
+    "mmoe": lambda p, h, task: [softmax(dense(p, f"gates/{task}", h)).mean(0)],
+    "dselect_k": lambda p, h, task: [selected(p, f"gates/{task}", h).mean(0)],
+    "cross_stitch": lambda p, h, task: [p["mixtures/0"]["abc".index(task)], p[f"reads/{task}"]],
+    "ltb": lambda p, h, task: paths_by_hand(p, task),
+}
+
+
+@pytest.mark.parametrize("name", [*UTILIZATION, "cgc", "ple"])
+def test_utilization(name):
     model = make(name)
-    weights = model.gate_weights(X)
-    assert tuple(weights) == TASKS
-    assert all(len(w) == levels for w in weights.values()) or name == "mmoe"
-    gates = jax.tree.leaves(weights)
+    use = nnx.jit(lambda model, x: model.utilization(x))(model, X)
+    assert tuple(use) == TASKS
+    p = flat(model)
+    for task, levels in use.items():
+        if name != "cross_stitch":
+            assert (np.asarray(levels) > 0).all()
+            np.testing.assert_allclose(levels.sum(-1), np.ones(len(levels)), rtol=1e-5)
+        if name in UTILIZATION:
+            h = stack(p, "encoder", np.asarray(X), final=True)
+            assert_close(levels, np.stack(UTILIZATION[name](p, h, task)))
+        else:
+            own = {"cgc": (1, 3), "ple": (3, 3 if task == "b" else 2)}[name]
+            assert levels.shape == own
     if name == "ple":
-        shared = model.shared_gate_weights(X)
+        read = nnx.jit(lambda model, x: (model.gate_weights(x), model.shared_gate_weights(x)))
+        gates, shared = read(model, X)
+        assert [w.shape for w in gates["b"]] == [(5, 3)] * 3
+        assert_close(use["b"], np.mean(gates["b"], 1))
         assert [w.shape for w in shared] == [(5, 5), (5, 5)]  # 1 + 2 + 1 of the tasks, 1 shared
-        assert [w.shape for w in weights["b"]] == [(5, 3)] * 3
-        gates += shared
-    for gate in gates:
-        assert (np.asarray(gate) > 0).all()
-        np.testing.assert_allclose(gate.sum(-1), np.ones(5), rtol=1e-6)
+        assert_close(np.sum(shared, -1), np.ones((2, 5)))
+
+
+def shard_batch():
+    """Every model on four devices: nothing moves between them, and the outputs are right."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
+    assert mesh.size == 4
+    batch = jax.NamedSharding(mesh, jax.P("batch"))
+    x = np.concatenate([X, X[:3] + 1])
+    split = {name: nnx.split(make(name)) for name in FACTORIES}
+    params = jax.device_put(
+        {name: state for name, (_, state) in split.items()}, jax.NamedSharding(mesh, jax.P())
+    )
+
+    @jax.jit
+    def apply(params, x):
+        return {name: nnx.merge(split[name][0], p)(x) for name, p in params.items()}
+
+    inputs = jax.device_put(x, batch)
+    compiled = apply.lower(params, inputs).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text()
+    for name, outputs in compiled(params, inputs).items():
+        expected = BY_HAND[name](flat(make(name)), x)
+        for task in TASKS:
+            assert outputs[task].sharding.is_equivalent_to(batch, 2)
+            assert_close(outputs[task], expected[task])
+
+
+def test_a_sharded_batch_stays_where_it_is():
+    # A process of its own, since the number of devices is fixed once JAX has started.
+    done = subprocess.run(
+        [sys.executable, "-c", "from tests import test_models; test_models.shard_batch()"],
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_mmoe_with_one_expert_is_hard_sharing():
@@ -297,6 +461,58 @@ def test_mmoe_with_one_expert_is_hard_sharing():
     expert = nnx.merge(graphdef, jax.tree.map(lambda p: p[0], stacked))
     shared = models.HardSharing(expert, mmoe.heads, rngs=nnx.Rngs(1))
     jax.tree.map(assert_close, mmoe(X), shared(X))
+
+
+def test_a_smooth_step_gate_selects_at_most_k_experts():
+    model = models.DSelectK(
+        4, {"a": 2}, experts=4, num_experts=6, num_selected=2, gamma=1e-3, rngs=nnx.Rngs(0)
+    )
+    gate = model.gates["a"]
+    undecided = 2 * 3 * np.log(2)  # two selectors of three bits, all of which are near a half
+    np.testing.assert_allclose(gate.entropy(X), undecided, rtol=1e-2)
+    gate.bits.kernel[...] = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+
+    @nnx.jit
+    def run(gate, x):
+        return gate(x), *nnx.value_and_grad(lambda gate: gate.entropy(x) + gate(x)[0, 0])(gate)
+
+    weights, value, grads = run(gate, X)
+    used = np.asarray(weights) > 0
+    assert (used.sum(-1) <= 2).all()
+    assert used.any(0).sum() > 2  # though not the same ones for all examples
+    np.testing.assert_allclose(weights.sum(-1), np.ones(5), rtol=1e-6)
+    np.testing.assert_allclose(value, weights[0, 0], rtol=1e-6)  # nothing is left undecided
+    assert model.selector_entropy(X)["a"] == 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    # Saturated bits are settled, and what remains to learn is the weights of the selectors.
+    assert not np.any(grads["bits"]["kernel"][...])
+
+
+def test_branches_are_sampled_with_their_probabilities():
+    model = fill(lambda: models.LTB(4, {"a": 2}, blocks=4, num_branches=2, rngs=nnx.Rngs(0)))
+    model.reads["a"][...] = jnp.asarray([0.4, -0.4])
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def run(params, keys):
+        def sample(key, **options):
+            return nnx.merge(graphdef, params)(X, key=key, **options)["a"]
+
+        cold = sample(keys[0], temperature=1e-4)
+        return jax.vmap(lambda key: sample(key, hard=True))(keys), cold
+
+    outputs, cold = run(params, jax.random.split(jax.random.key(0), 1000))
+    nodes = [model.heads["a"](h) for h in model.blocks[0](X)]
+    chosen = [np.isclose(outputs, node, atol=1e-5).all((1, 2)) for node in nodes]
+    assert (chosen[0] ^ chosen[1]).all()
+    probability = float(model.utilization(X)["a"][0, 0])
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-0.8)), rtol=1e-6)
+    assert abs(chosen[0].mean() - probability) < 4 * np.sqrt(0.25 / 1000)
+    assert_close(cold, outputs[0])
+    # Without a key, the likeliest node, whose gradient reaches the logits all the same.
+    value, grads = nnx.value_and_grad(lambda m: m(X, hard=True)["a"].sum())(model)
+    np.testing.assert_allclose(value, nodes[0].sum(), rtol=1e-5)
+    assert (grads["reads"]["a"][...] != 0).all()
 
 
 def count(model):
@@ -319,6 +535,8 @@ def test_number_of_parameters():
     )
     level = (2 * 2 + 3) * mlp(4, 4) + 2 * (4 * (2 + 3))
     assert count(ple) == 2 * level + 4 * (2 * 2 + 3) + 2 * head
+    cross = models.CrossStitch((4, 4), heads, blocks=(4, 4), rngs=rngs)
+    assert count(cross) == mlp(4, 4) + 2 * 2 * mlp(4, 4) + 2 * 2 * 2 + 2 * head
 
 
 @pytest.mark.parametrize("name", FACTORIES)
@@ -354,18 +572,19 @@ class Pool(nnx.Module):
         return scale * self.conv(image).mean((-3, -2))
 
 
+class Normalized(nnx.Module):
+    """An expert with state beyond parameters."""
+
+    def __init__(self, features, rngs):
+        self.linear = nnx.Linear(features, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.out_features = 4
+
+    def __call__(self, x):
+        return self.norm(self.linear(x))
+
+
 def test_modules_of_any_kind_may_be_encoder_experts_and_heads():
-    class Normalized(nnx.Module):
-        """An expert with state beyond parameters."""
-
-        def __init__(self, features, rngs):
-            self.linear = nnx.Linear(features, 4, rngs=rngs)
-            self.norm = nnx.BatchNorm(4, rngs=rngs)
-            self.out_features = 4
-
-        def __call__(self, x):
-            return self.norm(self.linear(x))
-
     rngs = nnx.Rngs(0)
     heads = {"a": lambda h: h.sum(-1), "b": 2}
     images = jnp.ones((5, 6, 6, 1))
@@ -381,6 +600,27 @@ def test_modules_of_any_kind_may_be_encoder_experts_and_heads():
     means = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     assert len(means) == 4
     assert any((m != 0).any() and (m != 1).any() for m in means)
+
+
+def test_blocks_may_be_modules_of_any_kind():
+    def outputs(cls, **options):
+        rngs = nnx.Rngs(0)
+        heads = dict.fromkeys("ab", lambda h: h.mean((-3, -2)))
+        return cls(shrink(1, rngs), heads, rngs=rngs, **options)(jnp.ones((5, 16, 16, 1)))
+
+    def shrink(features, *options):
+        return nnx.Conv(features, 4, (2, 2), strides=2, rngs=options[-1])
+
+    def halve(h):
+        return h[:, ::2, ::2]
+
+    for cls, options in (
+        (models.MTAN, {"blocks": (4, halve), "block_features": 4, "transfer": shrink}),
+        (models.LTB, {"blocks": (shrink, 4)}),
+        (models.CrossStitch, {"blocks": (4, Normalized, shrink)}),
+    ):
+        shapes = jax.eval_shape(partial(outputs, cls, **options))
+        assert {task: y.shape for task, y in shapes.items()} == {"a": (5, 4), "b": (5, 4)}
 
 
 def test_a_hidden_feed_takes_any_module_with_hidden_and_readout():
@@ -473,6 +713,16 @@ def small(cls, heads=None, **kwargs):
         (lambda: small(models.PLE, experts=4, num_shared_experts=0), "shared experts is 0"),
         (lambda: small(models.PLE, experts=4, num_task_experts=0), "num_task_experts is 0"),
         (lambda: small(models.PLE, experts=4, num_levels=0), "num_levels is 0"),
+        (lambda: small(models.DSelectK, experts=4, num_experts=2, num_selected=0), "selected is 0"),
+        (lambda: small(models.DSelectK, experts=4, num_experts=2, gamma=0.0), "gamma is 0.0"),
+        (lambda: small(models.LTB, blocks=4, num_branches=0), "num_branches is 0"),
+        (lambda: small(models.CrossStitch, blocks=()), "blocks is empty"),
+        (lambda: small(models.CrossStitch, blocks=(4, "4")), "blocks of level 1 is '4'"),
+        (lambda: small(models.MTAN, blocks=lambda h: h), "pass it as `block_features=`"),
+        (
+            lambda: small(models.MTAN, blocks=(4, 4), transfer=lambda *_: lambda h: h[:1])(X),
+            r"transfer to block 1 returns shape \(1, 4\), expected the block's \(5, 4\)",
+        ),
         (
             lambda: small(models.PLE, experts=4, num_task_experts={"a": 1}),
             r"num_task_experts names the tasks \['a'\], expected \['a', 'b'\]",

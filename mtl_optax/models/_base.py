@@ -121,10 +121,6 @@ class Builder:
             return self.mlp((features, *sizes), activate_final=False)
         return nnx.Linear(features, sizes[0], **self.options, rngs=self.rngs)
 
-    def gate(self, features: int, num_experts: int) -> nnx.Linear:
-        """The logits of a gate; linear without a bias, as in the MMoE and PLE papers."""
-        return nnx.Linear(features, num_experts, use_bias=False, **self.options, rngs=self.rngs)
-
     @staticmethod
     def width(module: Any, given: int | None = None) -> int | None:
         """Output width of a module: as given, or read off the module."""

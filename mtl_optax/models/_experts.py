@@ -1,6 +1,7 @@
 """Experts and gates of the mixture-of-experts architectures."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -59,15 +60,50 @@ class Experts(nnx.Module):
         """Outputs of all experts, shape ``(num_experts, ...)``."""
         if self.stack is None:
             return jnp.stack([module(x) for module in self.modules])
-        # Not nnx.vmap, which writes parameters back and so fails on a model closed over by jit.
-        graphdef, params = nnx.split(self.stack)
-        return jax.vmap(lambda p: nnx.merge(graphdef, p)(x))(params)
+        return _vmapped(self.stack, None)(x)
+
+    def each(self, inputs: jax.Array) -> jax.Array:
+        """Output of expert e for ``inputs[e]``, shape ``(num_experts, ...)``."""
+        if self.stack is None:
+            return jnp.stack([module(x) for module, x in zip(self.modules, inputs, strict=True)])
+        return _vmapped(self.stack, 0)(inputs)
 
 
-def gate_weights(gate: nnx.Linear, x: jax.Array) -> jax.Array:
-    """Softmax gate, shape ``(..., num_experts)``, in at least float32."""
-    logits = gate(x)
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+class SoftmaxGate(nnx.Linear):
+    """Softmax of a linear layer without a bias, as in the MMoE and PLE papers."""
+
+    def __init__(self, features: int, num_experts: int, rngs: nnx.Rngs, **options: Any):
+        super().__init__(features, num_experts, use_bias=False, rngs=rngs, **options)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Weights of the experts, shape ``(..., num_experts)``, in at least float32."""
+        return softmax(super().__call__(inputs))
+
+
+class Gated(nnx.Module):
+    """A model whose tasks weight experts, to be read out by ``gate_weights``."""
+
+    def gate_weights(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """For each task one array ``(..., num_experts)``, or a tuple of them, one a level."""
+        raise NotImplementedError
+
+    def utilization(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """How much of each expert a task uses, a mean over the batch: ``(levels, experts)``."""
+        weights = self.gate_weights(x, *args, **kwargs)
+        return {
+            task: jnp.stack([w.reshape(-1, w.shape[-1]).mean(0) for w in jax.tree.leaves(levels)])
+            for task, levels in weights.items()
+        }
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax along the last axis, in at least float32."""
+    return jax.nn.softmax(at_least_float32(logits), axis=-1)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Gates choose between experts by small differences, which half precision would round off."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def mix(weights: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -81,6 +117,18 @@ def mix(weights: jax.Array, outputs: jax.Array) -> jax.Array:
         )
     weights = weights.reshape(weights.shape + (1,) * (outputs.ndim - weights.ndim))
     return jnp.sum(weights.astype(outputs.dtype) * outputs, axis=0)
+
+
+def _vmapped(stack: nnx.Module, axis: int | None) -> Callable[[Any], jax.Array]:
+    """All stacked modules, with the inputs along ``axis`` or, if that is None, one for all."""
+    # Not nnx.vmap, which writes parameters back and so fails on a model closed over by jit.
+    graphdef, params = nnx.split(stack)
+
+    def run(params: Any, x: Any) -> jax.Array:
+        module: Any = nnx.merge(graphdef, params)
+        return module(x)
+
+    return partial(jax.vmap(run, in_axes=(0, axis)), params)
 
 
 def _stack(modules: Sequence[nnx.Module]) -> nnx.Module | None:

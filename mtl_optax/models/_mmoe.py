@@ -1,6 +1,7 @@
 """Multi-gate mixture of experts: each task mixes one pool of experts with its own gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,10 @@ from mtl_optax.models._base import (
     require_width,
     task_names,
 )
-from mtl_optax.models._experts import ExpertFactory, Experts, gate_weights, mix
+from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, mix
 
 
-class MMoE(nnx.Module):
+class MMoE(Gated):
     r"""Experts shared by all tasks, mixed by one softmax gate for each task.
 
     .. math:: y_k = \mathrm{head}_k\Big(\sum_{e=1}^{E} w_{ke}(h)\, f_e(h)\Big), \quad
@@ -36,6 +37,8 @@ class MMoE(nnx.Module):
         a function ``(in_features, rngs) -> module``; or a sequence of modules, which may differ but
         must return the same shape.
       num_experts: number of experts E; static, at least 1; left out for a sequence of modules.
+      gate: a function ``(features, num_experts, rngs) -> module`` for gates other than the softmax
+        gate; a module maps features to weights ``(..., num_experts)``.
       features: width of what the encoder returns, if it is a module without ``out_features``.
       expert_features: width of what an expert returns, if it is a module without ``out_features``
         and a head is given by sizes.
@@ -59,6 +62,8 @@ class MMoE(nnx.Module):
       {'buy': (10, 1), 'click': (10, 1)}
       >>> model.gate_weights(x)["buy"].shape  # how much of each expert
       (10, 3)
+      >>> model.utilization(x)["buy"].shape  # the same as a mean over the batch
+      (1, 3)
 
     References:
       Ma et al., `Modeling Task Relationships in Multi-task Learning with Multi-gate
@@ -72,6 +77,7 @@ class MMoE(nnx.Module):
         *,
         experts: Sizes | ExpertFactory | Sequence[nnx.Module],
         num_experts: int | None = None,
+        gate: Callable[[int, int, nnx.Rngs], Callable[[jax.Array], jax.Array]] | None = None,
         features: int | None = None,
         expert_features: int | None = None,
         activation: Activation = nnx.relu,
@@ -86,7 +92,8 @@ class MMoE(nnx.Module):
         self.experts = Experts(experts, num_experts, width, build)
         mixed = build.width(self.experts, expert_features)
         num_experts = self.experts.num_experts
-        self.gates = nnx.data({k: build.gate(width, num_experts) for k in self.tasks})
+        gate = gate or partial(SoftmaxGate, **build.options)
+        self.gates = nnx.data({k: gate(width, num_experts, rngs) for k in self.tasks})
         self.heads = nnx.data(
             {k: build.head(k, heads[k], mixed, "expert_features") for k in self.tasks}
         )
@@ -96,11 +103,10 @@ class MMoE(nnx.Module):
         hidden = self.encoder(x, *args, **kwargs)
         outputs = self.experts(hidden)
         return {
-            task: self.heads[task](mix(gate_weights(self.gates[task], hidden), outputs))
-            for task in self.tasks
+            task: self.heads[task](mix(self.gates[task](hidden), outputs)) for task in self.tasks
         }
 
     def gate_weights(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """How much of each expert a task uses, ``(..., num_experts)``, summing to one."""
         hidden = self.encoder(x, *args, **kwargs)
-        return {task: gate_weights(self.gates[task], hidden) for task in self.tasks}
+        return {task: self.gates[task](hidden) for task in self.tasks}

@@ -1,6 +1,7 @@
 """Progressive layered extraction: shared experts next to experts of each task."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from mtl_optax.models._base import (
     require_width,
     task_names,
 )
-from mtl_optax.models._experts import ExpertFactory, Experts, gate_weights, mix
+from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, mix
 
 
-class PLE(nnx.Module):
-    r"""Levels of shared and task-specific experts, mixed by gates; one level is CGC.
+class PLE(Gated):
+    r"""Levels of shared and task-specific experts, mixed by gates; one level is `CGC`.
 
     Level j of L maps one vector for each task and one shared vector, all equal to ``encoder(x)``
     at first, to new ones. With :math:`F_k` the experts of task k and :math:`F_s` the shared ones,
@@ -43,7 +44,7 @@ class PLE(nnx.Module):
         activation; or a function ``(in_features, rngs) -> module``. Every level has its own.
       num_task_experts: experts of each task in a level, one number or one a task, at least 1.
       num_shared_experts: shared experts in a level, at least 1.
-      num_levels: extraction levels L, at least 1; 1 gives customised gate control (CGC).
+      num_levels: extraction levels L, at least 1; 1 gives customised gate control, `CGC`.
       features: width of what the encoder returns, if it is a module without ``out_features``.
       expert_features: width of what an expert returns, if it is a module without ``out_features``,
         and there are several levels or a head is given by sizes.
@@ -162,26 +163,27 @@ class _Extraction(nnx.Module):
         self.task_experts = nnx.data(
             {k: Experts(experts, n, features, build) for k, n in num_task_experts.items()}
         )
+        gate = partial(SoftmaxGate, **build.options)
         self.gates = nnx.data(
-            {k: build.gate(features, n + num_shared) for k, n in num_task_experts.items()}
+            {k: gate(features, n + num_shared, build.rngs) for k, n in num_task_experts.items()}
         )
         total = sum(num_task_experts.values()) + num_shared
         # Nothing would read it in the last level, and an unread parameter belongs to no task.
-        self.shared_gate = None if last else build.gate(features, total)
+        self.shared_gate = None if last else gate(features, total, build.rngs)
 
     def __call__(
         self, hidden: dict[str, jax.Array], shared: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array | None, dict[str, jax.Array], jax.Array]:
         shared_outputs = self.shared_experts(shared)
         outputs = {task: self.task_experts[task](hidden[task]) for task in self.tasks}
-        weights = {task: gate_weights(self.gates[task], hidden[task]) for task in self.tasks}
+        weights = {task: self.gates[task](hidden[task]) for task in self.tasks}
         mixed = {
             task: mix(weights[task], jnp.concatenate([outputs[task], shared_outputs]))
             for task in self.tasks
         }
         if self.shared_gate is None:
             return weights, None, mixed, shared
-        shared_weights = gate_weights(self.shared_gate, shared)
+        shared_weights = self.shared_gate(shared)
         pool = jnp.concatenate([*outputs.values(), shared_outputs])
         return weights, shared_weights, mixed, mix(shared_weights, pool)
 
