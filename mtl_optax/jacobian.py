@@ -3,17 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
-from mtl_optax._linear_map import ROW_MODES, LinearMap, RowMode
+from mtl_optax._ghost import Sketch, Taps, tap, total
+from mtl_optax._linear_map import ROW_MODES, LinearMap, RowMode, once
 from mtl_optax._rows import mix, scale_rows, scaled_products
 
-# In jax.core up to JAX 0.9, in jax.extend.core since.
-_trace_state = getattr(jex, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
+GramianMode = Literal["rows", "ghost", "columns"] | Sketch
+GRAMIAN_MODES = ("rows", "ghost", "columns")
 
 # A mask over the parameters: a tree (or prefix) of bools, or a function of the parameters to one.
 Mask = Any | Callable[[Any], Any]
@@ -50,6 +50,7 @@ class Jacobian(metaclass=_JacobianType):
         layout: "_Layout",
         scales: jax.Array | None = None,
         probe: "LinearMap | _GuardedMap | None" = None,
+        sketch: Sketch | None = None,
         memo: dict | None = None,
     ):
         """Made by `value_and_jac`, `value_and_feature_jac` and `as_jacobian`."""
@@ -58,6 +59,7 @@ class Jacobian(metaclass=_JacobianType):
         self._layout = layout
         self._scales = scales  # (K,), or None for all ones
         self._probe = probe  # measures the Gramian in place of the parameters' rows
+        self._sketch = sketch  # how the Gramian is approximated, if it is
         self._memo = {} if memo is None else memo
 
     @property
@@ -174,7 +176,9 @@ class Jacobian(metaclass=_JacobianType):
         if losses is None:
             losses = unflatten_losses(weights * self.loss_vector(), self.losses)
         scales = self._scaled(weights)
-        return Jacobian(losses, self._map, self._layout, scales, self._probe, self._memo)
+        return Jacobian(
+            losses, self._map, self._layout, scales, self._probe, self._sketch, self._memo
+        )
 
     def replace_rows(self, rows: Any, *, losses: Any = None) -> "Jacobian":
         """The same tasks and layout with these rows; the Gramian is then theirs.
@@ -225,7 +229,8 @@ class Jacobian(metaclass=_JacobianType):
             losses = unflatten_losses(jnp.where(tasks, self.loss_vector(), 0), self.losses)
         scales = None if self._scales is None else jnp.where(tasks, self._scales, 0)
         probe = None if self._probe is None else _GuardedMap(self._probe, tasks)
-        return Jacobian(losses, _GuardedMap(self._map, tasks), self._layout, scales, probe)
+        guarded = _GuardedMap(self._map, tasks)
+        return Jacobian(losses, guarded, self._layout, scales, probe, self._sketch)
 
     def reduce(self, fn: Callable[[list[jax.Array]], list[jax.Array]]) -> Any:
         """What an aggregator that works on entries returns; each head gets its own row.
@@ -256,16 +261,14 @@ class Jacobian(metaclass=_JacobianType):
         Args:
           weights: `(K,)`, or a number for all tasks alike.
         """
-        shared = self._layout.shared
         ones = jnp.ones(self.num_tasks, self.dtype)
-        if isinstance(weights, int | float):
-            own = self._pull(ones)
-            mixed = own if weights == 1 else [(weights * g).astype(g.dtype) for g in own]
-        else:
-            mixed = self._pull(self._as_weights(weights), shared)
-            heads = [not s for s in shared]
-            own = self._pull(ones, heads) if any(heads) else mixed
-        return self._layout.unflatten(_choose(shared, mixed, own))
+        if not isinstance(weights, int | float):
+            return self._layout.unflatten(self._combine(self._as_weights(weights), ones))
+        leaves = self._pull(ones)
+        if weights == 1:
+            return self._layout.unflatten(leaves)
+        mixed = [(weights * g).astype(g.dtype) for g in leaves]
+        return self._layout.unflatten(_choose(self._layout.shared, mixed, leaves))
 
     # What follows is how, not what.
 
@@ -298,33 +301,59 @@ class Jacobian(metaclass=_JacobianType):
         )
 
     def _scaled_gramian(self) -> tuple[jax.Array, jax.Array]:
+        if self._probe is None and self._layout.gramian == "columns":
+            return self._map.columns(self._layout.measured)
+        if self._probe is None and self._layout.gramian == "ghost":
+            return self._once("tapped", self._tapped).gramian(self.num_tasks, self.dtype)
         rows = self._once("measured_rows", self._measured_rows)
         products, scales, _ = scaled_products(rows, rows, self.num_tasks, self.dtype)
         return products, scales
 
-    def _pull(self, weights: jax.Array, wanted: Sequence[bool] | None = None) -> list[Any]:
-        """Jᵀw with the scales applied; leaves whose rows are at hand are combined from them."""
-        weights, layout = self._scaled(weights), self._layout
-        if self._probe is not None or "measured_rows" not in self._memo:
-            return self._map.pullback(weights)
-        rows = iter(self._once("measured_rows", self._measured_rows))
-        leaves = [mix(weights, next(rows)) if known else None for known in layout.measured]
-        wanted = wanted or (True,) * len(leaves)
-        if all(known or not want for known, want in zip(layout.measured, wanted, strict=True)):
-            return leaves
-        return _choose(layout.measured, leaves, self._map.pullback(weights))
+    def _tapped(self) -> "_Tapped":
+        layout = self._layout
+        source, taps, scales = _tap(self._map, layout.measured, self._sketch)
+        rows = source.rows(layout.row_mode)
+        leaves = [i for i, m in enumerate(layout.measured) if m and not (taps and i in taps.leaves)]
+        plain, tapped = jax.lax.optimization_barrier(
+            ([rows[i] for i in leaves], rows[len(layout.measured) :])
+        )
+        return _Tapped(dict(zip(leaves, plain, strict=True)), taps, tapped, scales)
+
+    def _at_hand(self, weights: jax.Array) -> dict[int, jax.Array]:
+        """The leaves of Jᵀw that are combined from rows which the Gramian left."""
+        if self._probe is not None:
+            return {}
+        if "tapped" in self._memo:
+            return self._once("tapped", self._tapped).mix(weights)
+        if "measured_rows" in self._memo:
+            rows = self._once("measured_rows", self._measured_rows)
+            leaves = [i for i, measured in enumerate(self._layout.measured) if measured]
+            return {i: mix(weights, row) for i, row in zip(leaves, rows, strict=True)}
+        return {}
+
+    def _pull(self, weights: jax.Array) -> list[Any]:
+        """Jᵀw with the scales applied."""
+        weights = self._scaled(weights)
+        known = self._at_hand(weights)
+        num_leaves = len(self._layout.shared)
+        pulled = [None] * num_leaves if len(known) == num_leaves else self._map.pullback(weights)
+        return [known.get(i, leaf) for i, leaf in enumerate(pulled)]
+
+    def _combine(self, weights: jax.Array, own: jax.Array) -> list[Any]:
+        """Jᵀw on shared leaves, Jᵀown on the others, with the scales applied."""
+        weights, own, shared = self._scaled(weights), self._scaled(own), self._layout.shared
+        known = {i: leaf for i, leaf in self._at_hand(weights).items() if shared[i]}
+        wanted = [i not in known for i in range(len(shared))]
+        pulled = self._map.combine(weights, own, shared, wanted) if any(wanted) else wanted
+        return [known.get(i, leaf) for i, leaf in enumerate(pulled)]
 
     def _once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """Computes a value once a trace: a value of an inner trace must not be used in an outer."""
-        trace = _trace_state(convention="nnx")
-        if name not in self._memo or self._memo[name][0] != trace:
-            self._memo[name] = (trace, compute())
-        return self._memo[name][1]
+        return once(self._memo, name, compute)
 
 
 jax.tree_util.register_pytree_node(
     Jacobian,
-    lambda jac: ((jac.losses, jac._map, jac._scales, jac._probe), jac._layout),
+    lambda jac: ((jac.losses, jac._map, jac._scales, jac._probe, jac._sketch), jac._layout),
     lambda layout, children: Jacobian(*children[:2], layout, *children[2:]),
 )
 
@@ -337,6 +366,7 @@ class _Layout:
     shared: tuple[bool, ...]
     measured: tuple[bool, ...]
     row_mode: RowMode
+    gramian: Literal["rows", "ghost", "columns"]
 
     @classmethod
     def of(
@@ -347,6 +377,7 @@ class _Layout:
         shared: Mask | None,
         gramian_at: Mask | None,
         row_mode: RowMode,
+        gramian: GramianMode = "rows",
     ) -> "_Layout":
         params_def = jax.tree.structure(params)
         everywhere = (True,) * params_def.num_leaves
@@ -362,7 +393,8 @@ class _Layout:
         else:
             is_shared = everywhere if shared is None else _resolve(shared, params, "shared")
         measured = is_shared if gramian_at is None else _resolve(gramian_at, params, "gramian_at")
-        return cls(params_def, is_shared, measured, row_mode)
+        mode = "ghost" if isinstance(gramian, Sketch) else gramian
+        return cls(params_def, is_shared, measured, row_mode, mode)
 
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         return self.params_def.unflatten(leaves)
@@ -380,6 +412,17 @@ class _DenseMap:
     def rows(self, mode: RowMode) -> list[jax.Array]:
         del mode
         return list(self._rows)
+
+    def combine(
+        self, weights: jax.Array, own: jax.Array, shared: Sequence[bool], wanted: Sequence[bool]
+    ) -> list[jax.Array]:
+        del wanted
+        return [mix(weights if s else own, r) for s, r in zip(shared, self._rows, strict=True)]
+
+    def columns(self, measured: Sequence[bool]) -> tuple[jax.Array, jax.Array]:
+        rows = [row for row, wanted in zip(self._rows, measured, strict=True) if wanted]
+        products, scales, _ = scaled_products(rows, rows, len(rows[0]), jnp.float32)
+        return products, scales
 
 
 jax.tree_util.register_pytree_node(
@@ -402,6 +445,24 @@ class _GuardedMap:
             weights,
         )
 
+    def combine(
+        self, weights: jax.Array, own: jax.Array, shared: Sequence[bool], wanted: Sequence[bool]
+    ) -> list[jax.Array | None]:
+        def one_by_one():
+            rows = zip(self.rows("isolated"), shared, wanted, strict=True)
+            return [mix(weights if s else own, row) if want else None for row, s, want in rows]
+
+        return jax.lax.cond(
+            jnp.all(self._tasks),
+            lambda: self._inner.combine(weights, own, shared, wanted),
+            one_by_one,
+        )
+
+    def columns(self, measured: Sequence[bool]) -> tuple[jax.Array, jax.Array]:
+        products, scales = self._inner.columns(measured)
+        both = self._tasks[:, None] & self._tasks[None, :]
+        return jnp.where(both, products, 0), jnp.where(self._tasks, scales, 0)
+
     def rows(self, mode: RowMode) -> list[jax.Array]:
         # Only rows that were differentiated alone can be told apart.
         del mode
@@ -418,6 +479,46 @@ jax.tree_util.register_pytree_node(
 )
 
 
+def _tap(
+    source: Any, measured: Sequence[bool], sketch: Sketch | None
+) -> tuple[Any, Taps | None, jax.Array | float]:
+    """`tap` of a map that may be guarded; given rows are all there is to them."""
+    if isinstance(source, _GuardedMap):
+        inner, taps, scales = _tap(source._inner, measured, sketch)
+        return _GuardedMap(inner, source._tasks), taps, scales
+    return tap(source, measured, sketch) if isinstance(source, LinearMap) else (source, None, 1.0)
+
+
+# With more tasks than these, one more pass through the trunk costs less than it takes to keep the
+# cotangents of all its layers until the weights are known.
+_MOST_TASKS_HELD = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tapped:
+    """What the Gramian was measured on: the rows of some leaves, and of the y of the others."""
+
+    plain: dict[int, jax.Array]
+    taps: Taps | None
+    rows: list[jax.Array]
+    scales: jax.Array | float  # of all these rows
+
+    def gramian(self, num_tasks: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
+        plain = list(self.plain.values())
+        products, scales, _ = scaled_products(plain, plain, num_tasks, dtype)
+        shares = [] if self.taps is None else self.taps.gramians(self.rows)
+        products, scales = total([(products, scales), *shares])
+        scales = scales * self.scales
+        return products, jnp.where(jnp.diagonal(products) == 0, 0, scales)
+
+    def mix(self, weights: jax.Array) -> dict[int, jax.Array]:
+        weights = weights * self.scales
+        mixed = {i: mix(weights, row) for i, row in self.plain.items()}
+        if self.taps is None or weights.size > _MOST_TASKS_HELD:
+            return mixed
+        return mixed | self.taps.gradients([mix(weights, row) for row in self.rows])
+
+
 def value_and_jac(
     loss_fn: Callable[..., Any],
     *,
@@ -425,12 +526,14 @@ def value_and_jac(
     shared: Mask | None = "auto",
     gramian_at: Mask | None = None,
     rows: RowMode = "isolated",
+    gramian: GramianMode = "rows",
 ) -> Callable[..., tuple[Any, Jacobian]]:
     r"""Like `jax.value_and_grad`, for a function that returns several losses.
 
     The losses are evaluated and linearised once. What is computed beyond depends on what the
     strategy asks of the `Jacobian`: a loss-only strategy runs one backward pass, so its step costs
-    what the plain summed-loss step costs; a strategy that needs the Gramian runs K.
+    what the plain summed-loss step costs; a strategy that needs the Gramian runs K, unless
+    `gramian` says otherwise.
 
     Args:
       loss_fn: `loss_fn(params, *args, **kwargs)` returns the K losses: a dict of scalars, any
@@ -442,9 +545,21 @@ def value_and_jac(
         function from the parameters to one, or None for all.
       gramian_at: where the Gramian is measured, in the same forms, such as the last shared layer
         for GradNorm. None measures it over all shared parameters.
-      rows: `"isolated"` differentiates each loss alone, so that a NaN in one task can't reach
-        another's row (losses returned as one array computed together are told apart where they
-        were stacked from scalars, else vmapped). `"batched"` vmaps one backward pass over all.
+      rows: how the K rows are computed. Every head is differentiated alone, whatever the mode.
+        `"isolated"`: the trunk once a task, so that a NaN in one task can't reach another's row
+        (losses returned as one array computed together are told apart where they were stacked from
+        scalars, else vmapped). `"batched"`: the trunk's K passes vmapped into one, for accelerators
+        and convolutions. `"sequential"`: one pass after another by `jax.lax.map`, the smallest
+        program and the least memory; on CPU as fast as `"isolated"` for dense layers, several times
+        slower for convolutions.
+      gramian: how the Gramian is computed. `"rows"`: from the rows, K × P numbers. `"ghost"`: dense
+        layers and embeddings by the identity :math:`\langle x^\top\delta_i, x^\top\delta_j\rangle
+        = \langle\delta_i, (x x^\top)\,\delta_j\rangle`, without their weight gradients, the rest
+        from its rows; chosen layer by layer, by counted cost. Exact, but its rounding error is that
+        of the sum over pairs of examples, eps :math:`(\sum_b \|x_b\| \|\delta_b\| /
+        \|x^\top\delta\|)^2`: prefer `"rows"` where a large batch's gradient nearly cancels.
+        `"columns"`: :math:`G e_j = J (J^\top e_j)`, one pass back and one forth a task, for models
+        of which two rows do not fit. Or a `Sketch`, an approximate ghost.
 
     Returns:
       A function of the arguments of `loss_fn` that returns `(losses, jacobian)`, or
@@ -469,6 +584,7 @@ def value_and_jac(
       (2, 2)
     """
     _check_row_mode(rows)
+    _check_gramian_mode(gramian)
 
     @functools.wraps(loss_fn)
     def value_and_jac_fn(params, *args, **kwargs):
@@ -478,8 +594,10 @@ def value_and_jac(
         )
         check_losses(losses)
         linear_map = LinearMap.of(linear_fn, params)
-        layout = _Layout.of(params, losses, linear_map.touches, shared, gramian_at, rows)
-        return (losses, *aux) if has_aux else losses, Jacobian(losses, linear_map, layout)
+        layout = _Layout.of(params, losses, linear_map.touches, shared, gramian_at, rows, gramian)
+        sketch = gramian if isinstance(gramian, Sketch) else None
+        jacobian = Jacobian(losses, linear_map, layout, sketch=sketch)
+        return (losses, *aux) if has_aux else losses, jacobian
 
     return value_and_jac_fn
 
@@ -705,6 +823,14 @@ def _check_params(params: Any) -> None:
 def _check_row_mode(mode: str) -> None:
     if mode not in ROW_MODES:
         raise ValueError(f"rows={mode!r} is not a row mode: expected one of {ROW_MODES}")
+
+
+def _check_gramian_mode(mode: Any) -> None:
+    if not isinstance(mode, Sketch) and mode not in GRAMIAN_MODES:
+        raise ValueError(
+            f"gramian={mode!r} is not a way to the Gramian: expected one of {GRAMIAN_MODES}, or an "
+            "mtl.Sketch(key) for an approximate one"
+        )
 
 
 def _choose(mask: Sequence[bool], if_true: Sequence[Any], if_false: Sequence[Any]) -> list[Any]:

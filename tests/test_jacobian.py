@@ -16,7 +16,7 @@ import mtl_optax as mtl
 from tests.problems import mlp_batch, mlp_losses, mlp_params
 
 TASKS = ("a", "b", "c")
-ROW_MODES = ("isolated", "batched")
+ROW_MODES = ("isolated", "batched", "sequential")
 
 
 @pytest.fixture(name="problem")

@@ -1,0 +1,296 @@
+"""The ways to the Gramian: each is held against the rows of jax.jacrev, whatever the layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import mtl_optax as mtl
+from mtl_optax import _ghost
+from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error
+
+K = 3
+WEIGHTS = jnp.array([0.3, -1.0, 2.0])
+
+
+@pytest.fixture(name="tap_all")
+def _tap_all(monkeypatch):
+    """Taps every layer that has the form, also those that are too small to be worth it."""
+    monkeypatch.setattr(_ghost, "_rows_cost", lambda uses, num_tasks: float("inf"))
+
+
+# Losses of one trunk layer W each: (parameters, features (4, 5, 6) of it, the shape of W).
+
+IDS = jnp.array([[0, 3, 3], [1, 3, 7]])
+X = jax.random.normal(jax.random.key(1), (4, 5, 6))
+LAYERS = {
+    "dense": ((6, 7), lambda w: X @ w),
+    "dense of transposed": ((7, 6), lambda w: X @ w.T),
+    "weights first": ((7, 6), lambda w: jnp.einsum("of,btf->obt", w, X)),
+    "attention projection": ((6, 2, 3), lambda w: jnp.einsum("btd,dhk->bhtk", X, w)),
+    "attention output": (
+        (2, 3, 7),
+        lambda w: jnp.einsum("bthk,hkd->btd", X.reshape(4, 5, 2, 3), w),
+    ),
+    "a layer of experts": ((3, 6, 2), lambda w: jnp.einsum("btd,edf->ebtf", X, w)),
+    "stacked experts": (
+        (5, 6, 2),
+        lambda w: jnp.einsum("etd,edf->etf", X.transpose(1, 0, 2), w),
+    ),
+    "reshaped": ((42,), lambda w: X @ w.reshape(6, 7)),
+    "used twice": ((6, 6), lambda w: jnp.tanh(X @ w) @ w),
+    "inside jit": ((6, 7), jax.jit(lambda w: jnp.tanh(X @ w))),
+    "look-up": ((8, 3), lambda w: w[IDS]),
+    "look-up, filled out of bounds": ((6, 3), lambda w: w.at[IDS].get(mode="fill", fill_value=0)),
+    "look-up, clipped": ((6, 3), lambda w: w.at[IDS].get(mode="clip")),
+    "two look-ups": ((8, 3), lambda w: jnp.concatenate([w[IDS], w[IDS + 1]])),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_ghost_of_every_layer_is_exact(name, tap_all):
+    shape, layer = LAYERS[name]
+    params = {"w": jax.random.normal(jax.random.key(2), shape), "b": jnp.ones(())}
+
+    def losses(params):
+        y = jnp.tanh(layer(params["w"]) + params["b"])
+        return {"a": jnp.mean(y**2), "b": jnp.mean(jnp.cos(y)) * 3, "c": jnp.sum(y[0])}
+
+    tapped = []
+
+    def read(params):
+        _, jac = mtl.value_and_jac(losses, gramian="ghost", rows="batched")(params)
+        gramian = jac.gramian()
+        tapped.append(jac._tapped().taps.leaves)
+        return gramian, jac.combine(WEIGHTS), jax.jacrev(losses)(params)
+
+    gramian, combined, rows = jax.jit(read)(params)
+    matrix = np.stack([np.r_[rows[t]["b"], np.ravel(rows[t]["w"])] for t in "abc"]).astype(float)
+    assert tapped == [{1}]  # w, not b
+    assert relative_error(gramian, matrix @ matrix.T) < 1e-5
+    got = np.r_[combined["b"], np.ravel(combined["w"])]
+    assert relative_error(got, np.asarray(WEIGHTS) @ matrix) < 1e-5
+
+
+def test_what_has_not_the_form_falls_back_to_rows(tap_all):
+    def losses(params):
+        x = X @ jnp.tanh(params["bent"])  # not linear in the parameter
+        x = x @ params["mixed"] + jnp.sum(params["mixed"])  # also used otherwise
+        _, x = jax.lax.scan(lambda c, _: (c, jnp.tanh(x @ params["looped"])), 0, None, length=2)
+        return {"a": jnp.mean(x**2), "b": jnp.mean(jnp.sin(x)), "c": jnp.max(x)}
+
+    key, tapped = jax.random.key(0), []
+    params = {name: jax.random.normal(key, (6, 6)) for name in ("bent", "mixed", "looped")}
+
+    def read(params):
+        _, jac = mtl.value_and_jac(losses, gramian="ghost")(params)
+        gramian = jac.gramian()
+        tapped.append(jac._tapped().taps.leaves)
+        return gramian, mtl.value_and_jac(losses)(params)[1].gramian()
+
+    gramian, expected = jax.jit(read)(params)
+    assert tapped == [set()]
+    assert relative_error(gramian, expected) < 1e-5
+
+
+def test_a_layer_is_tapped_where_that_is_cheaper():
+    def leaves(num_examples, width):
+        params = {"w": jnp.ones((width, width))}
+
+        def losses(params, x):
+            y = jnp.tanh(x @ params["w"])
+            return [jnp.mean(y), jnp.mean(y**2)]
+
+        spec = jax.ShapeDtypeStruct((num_examples, width), jnp.float32)
+        taps = []
+
+        def read(x):
+            _, jac = mtl.value_and_jac(losses, gramian="ghost")(params, x)
+            taps.append(jac._tapped().taps.leaves)
+
+        jax.eval_shape(read, spec)
+        return taps[0]
+
+    assert leaves(num_examples=8, width=64) == {0}
+    assert leaves(num_examples=256, width=16) == set()
+
+
+PROBLEM = (mlp_params(jax.random.key(0)), *mlp_batch(jax.random.key(1)))
+
+
+@functools.cache
+def reference():
+    def read():
+        _, jac = mtl.value_and_jac(mlp_losses)(*PROBLEM)
+        return jac.gramian(), jac.combine(WEIGHTS)
+
+    return jax.jit(read)()
+
+
+MODES = [
+    ("isolated", "ghost"),
+    ("batched", "ghost"),
+    ("sequential", "ghost"),
+    ("isolated", "columns"),
+    ("sequential", "rows"),
+    ("batched", "rows"),
+]
+
+
+@pytest.mark.parametrize(("rows", "gramian"), MODES)
+def test_modes_agree_jitted_vmapped_scaled_and_guarded(rows, gramian, tap_all):
+    def read(w):
+        _, jac = mtl.value_and_jac(mlp_losses, rows=rows, gramian=gramian)(*PROBLEM)
+        jac = jac.scale(w)
+        kept = jac.keep(jnp.array([True, True, False]))
+        return jac.gramian(), jac.combine(WEIGHTS), kept.gramian()
+
+    w = jnp.array([[1.0, 1.0, 1.0], [2.0, -0.5, 3.0]])
+    gramian, combined, kept = jax.jit(jax.vmap(read))(w)
+    expected, combination = reference()
+    assert relative_error(gramian, expected[None] * w[:, :, None] * w[:, None, :]) < 1e-5
+    assert relative_error(kept[0, :2, :2], expected[:2, :2]) < 1e-5
+    assert not np.any(kept[:, 2])
+    for got, leaf in zip(jax.tree.leaves(combined), jax.tree.leaves(combination), strict=True):
+        assert relative_error(got[0], leaf) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "gramian"), MODES)
+def test_a_nan_label_stays_with_its_task(rows, gramian, tap_all):
+    params, x, y = PROBLEM
+    y = y | {"b": y["b"].at[0].set(jnp.nan)}
+    read = lambda *args: mtl.value_and_jac(mlp_losses, rows=rows, gramian=gramian)(*args)[1]  # noqa: E731
+    measured = jax.jit(lambda *args: read(*args).gramian())(params, x, y)
+    expected, _ = reference()
+    others = np.ix_([0, 2], [0, 2])
+    np.testing.assert_allclose(measured[others], expected[others], rtol=1e-5)
+    assert np.isnan(measured[1, 1])
+
+
+@pytest.mark.parametrize("gramian", ["ghost", "columns"])
+@pytest.mark.parametrize("scale", [1e-18, 1e15])
+def test_modes_are_safe_where_squares_overflow(gramian, scale, tap_all):
+    losses = lambda *args: jax.tree.map(lambda x: scale * x, mlp_losses(*args))  # noqa: E731
+    read = lambda *args: mtl.value_and_jac(losses, gramian=gramian)(*args)[1].correlation()  # noqa: E731
+    cosines, norms = jax.jit(read)(*PROBLEM)
+    expected, _ = reference()
+    lengths = np.sqrt(np.diag(expected))
+    np.testing.assert_allclose(norms / scale, lengths, rtol=1e-5)
+    np.testing.assert_allclose(cosines, expected / np.outer(lengths, lengths), atol=1e-5)
+
+
+@pytest.mark.parametrize("gramian", ["ghost", "columns"])
+def test_a_zero_row_has_no_scale(gramian, tap_all):
+    def losses(params, x, y):
+        every = mlp_losses(params, x, y)
+        return every | {"b": 0 * every["b"]}
+
+    read = lambda *args: mtl.value_and_jac(losses, gramian=gramian)(*args)[1].scaled_gramian()  # noqa: E731
+    products, scales = jax.jit(read)(*PROBLEM)
+    assert scales[1] == 0
+    assert np.all(scales[np.array([0, 2])] > 0)
+    assert not np.any(products[1])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("gramian", ["ghost", "columns"])
+def test_modes_keep_dtypes(gramian, dtype, tap_all):
+    with jax.enable_x64(dtype == jnp.float64):
+        params = mlp_params(jax.random.key(0), dtype=dtype)
+        batch = mlp_batch(jax.random.key(1), dtype=dtype)
+
+        @jax.jit
+        def read(*args):
+            _, jac = mtl.value_and_jac(mlp_losses, gramian=gramian)(*args)
+            _, expected = mtl.value_and_jac(mlp_losses)(*args)
+            return jac.gramian(), expected.gramian(), jac.combine(WEIGHTS)
+
+        measured, expected, combined = read(params, *batch)
+        assert measured.dtype == jnp.promote_types(jnp.float32, dtype)
+        assert all(g.dtype == dtype for g in jax.tree.leaves(combined))
+        assert relative_error(measured, expected) < (0.05 if dtype == jnp.bfloat16 else 1e-12)
+
+
+def many_tasks(num_tasks):
+    tasks = tuple(f"t{i:02d}" for i in range(num_tasks))
+    params = mlp_params(jax.random.key(0), (6, 32, 32), tasks)
+    return params, *mlp_batch(jax.random.key(1), tasks, size=8)
+
+
+def test_many_tasks_leave_the_update_to_a_pullback():
+    weights = jnp.linspace(-1, 1, 10)
+
+    @jax.jit
+    def read(*args):
+        _, jac = mtl.value_and_jac(mlp_losses, gramian="ghost")(*args)
+        _, expected = mtl.value_and_jac(mlp_losses)(*args)
+        gramians = jac.gramian(), expected.gramian()
+        return gramians, jac.combine(weights), expected.combine(weights)
+
+    (gramian, expected), mixed, exact = read(*many_tasks(10))
+    assert relative_error(gramian, expected) < 1e-5
+    for got, leaf in zip(jax.tree.leaves(mixed), jax.tree.leaves(exact), strict=True):
+        assert relative_error(got, leaf) < 1e-5
+
+
+def test_memory_of_the_ways_to_the_gramian():
+    def temp_bytes(**modes):
+        def step(*args):
+            _, jac = mtl.value_and_jac(mlp_losses, **modes)(*args)
+            return jac.combine(jnp.sum(jac.gramian(), axis=1))
+
+        tasks = tuple(f"t{i:02d}" for i in range(16))
+        params = mlp_params(jax.random.key(0), (64, 256, 256), tasks)
+        args = params, *mlp_batch(jax.random.key(1), tasks, size=8, width=64)
+        return jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    rows = temp_bytes()
+    assert temp_bytes(gramian="columns") < 0.25 * rows
+    assert temp_bytes(gramian="ghost", rows="batched") < 0.25 * rows
+
+
+def test_a_sketch_is_unbiased_with_the_stated_error(tap_all):
+    columns, draws = 4, 2000
+
+    def read(key):
+        sketch = mtl.Sketch(key, columns)
+        return mtl.value_and_jac(mlp_losses, gramian=sketch, rows="batched")(*PROBLEM)[1].gramian()
+
+    gramians = np.asarray(
+        jax.jit(jax.vmap(read))(jax.random.split(jax.random.key(0), draws)), float
+    )
+    expected = np.asarray(reference()[0], float)
+    lengths = np.sqrt(np.diag(expected))
+    deviation = gramians.std(0) / np.outer(lengths, lengths)
+    assert np.all(deviation > 0)
+    assert np.all(deviation < np.sqrt(2 / columns))
+    standard_errors = np.abs(gramians.mean(0) - expected) / (gramians.std(0) / np.sqrt(draws))
+    assert np.all(standard_errors < 4)
+
+
+def test_a_sketched_step_trains_with_a_key_a_step():
+    params, x, y = many_tasks(4)
+    tx = optax.chain(mtl.upgrad(4), optax.adam(1e-2))
+
+    @jax.jit
+    def step(params, opt_state, key):
+        sketch = mtl.Sketch(key, columns=8)
+        losses, jac = mtl.value_and_jac(mlp_losses, gramian=sketch)(params, x, y)
+        updates, opt_state = tx.update(jac, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, sum(losses.values())
+
+    opt_state, totals = tx.init(params), []
+    for key in jax.random.split(jax.random.key(0), 20):
+        params, opt_state, total = step(params, opt_state, key)
+        totals.append(total)
+    assert totals[-1] < 0.8 * totals[0]
+
+
+def test_unknown_ways_are_told():
+    with pytest.raises(ValueError, match=r"expected one of .*'ghost', 'columns'.*Sketch"):
+        mtl.value_and_jac(mlp_losses, gramian="gost")
+    with pytest.raises(ValueError, match="rows='parallel' is not a row mode"):
+        mtl.value_and_jac(mlp_losses, rows="parallel")
