@@ -1,20 +1,26 @@
 """Optax for several losses at once: multi-task strategies as links of an `optax.chain`."""
 
-from mtl_optax import _flax as _flax
-from mtl_optax import losses, metrics, models, solvers
-from mtl_optax._observe import observe_losses
+# `as` marks a name as public for type checkers; the folders' `__all__` does it for the stars.
+from mtl_optax import (
+    _flax as _flax,
+    losses as losses,
+    metrics as metrics,
+    models as models,
+    solvers as solvers,
+)
+from mtl_optax._observe import observe_losses as observe_losses
 from mtl_optax.aggregators import *
 from mtl_optax.balancers import *
-from mtl_optax.catalog import STRATEGIES, make
+from mtl_optax.catalog import STRATEGIES as STRATEGIES, make as make
 from mtl_optax.conditioning import *
 from mtl_optax.jacobian import (
-    Jacobian,
-    Sketch,
-    as_jacobian,
-    task_names,
-    value_and_feature_jac,
-    value_and_jac,
+    Jacobian as Jacobian,
+    Sketch as Sketch,
+    as_jacobian as as_jacobian,
+    task_names as task_names,
+    value_and_feature_jac as value_and_feature_jac,
+    value_and_jac as value_and_jac,
 )
-from mtl_optax.summary import summarize
+from mtl_optax.summary import summarize as summarize
 
 __version__ = "0.1.0"

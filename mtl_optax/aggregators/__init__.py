@@ -1,48 +1,32 @@
 """Aggregators: links from a Jacobian to one gradient."""
 
 from mtl_optax.aggregators._aligned_mtl import aligned_mtl
-from mtl_optax.aggregators._base import SolvedState
 from mtl_optax.aggregators._cagrad import cagrad
 from mtl_optax.aggregators._conflict_free import conflict_free
-from mtl_optax.aggregators._cr_mogm import CrMogmState, cr_mogm
-from mtl_optax.aggregators._db_mtl import DbMtlState, db_mtl
+from mtl_optax.aggregators._cr_mogm import cr_mogm
+from mtl_optax.aggregators._db_mtl import db_mtl
 from mtl_optax.aggregators._dualproj import dualproj
 from mtl_optax.aggregators._epo import epo
-from mtl_optax.aggregators._excess_mtl import ExcessMtlState, excess_mtl
+from mtl_optax.aggregators._excess_mtl import excess_mtl
 from mtl_optax.aggregators._fairgrad import fairgrad
-from mtl_optax.aggregators._graddrop import GraddropState, graddrop
-from mtl_optax.aggregators._gradvac import GradvacState, gradvac
+from mtl_optax.aggregators._graddrop import graddrop
+from mtl_optax.aggregators._gradvac import gradvac
 from mtl_optax.aggregators._imtl_g import imtl_g
-from mtl_optax.aggregators._krum import KrumState, krum
-from mtl_optax.aggregators._m_config import CycleTasksState, PseudoMomentState, m_config
-from mtl_optax.aggregators._match_norm import MatchNormState, match_norm
+from mtl_optax.aggregators._krum import krum
+from mtl_optax.aggregators._m_config import m_config
+from mtl_optax.aggregators._match_norm import match_norm
 from mtl_optax.aggregators._mgda import mgda
-from mtl_optax.aggregators._moco import MocoState, moco
-from mtl_optax.aggregators._modo import ModoState, modo
+from mtl_optax.aggregators._moco import moco
+from mtl_optax.aggregators._modo import modo
 from mtl_optax.aggregators._nash_mtl import nash_mtl
-from mtl_optax.aggregators._pcd import PcdState, pcd
-from mtl_optax.aggregators._pcgrad import PcgradState, pcgrad
-from mtl_optax.aggregators._sdmgrad import SdmgradState, sdmgrad
+from mtl_optax.aggregators._pcd import pcd
+from mtl_optax.aggregators._pcgrad import pcgrad
+from mtl_optax.aggregators._sdmgrad import sdmgrad
 from mtl_optax.aggregators._sum import mean_tasks, sum_tasks
 from mtl_optax.aggregators._trimmed_mean import trimmed_mean
 from mtl_optax.aggregators._upgrad import upgrad
 
 __all__ = [
-    "CrMogmState",
-    "CycleTasksState",
-    "DbMtlState",
-    "ExcessMtlState",
-    "GraddropState",
-    "GradvacState",
-    "KrumState",
-    "MatchNormState",
-    "MocoState",
-    "ModoState",
-    "PcdState",
-    "PcgradState",
-    "PseudoMomentState",
-    "SdmgradState",
-    "SolvedState",
     "aligned_mtl",
     "cagrad",
     "conflict_free",

@@ -1,20 +1,15 @@
 """Conditioning: links that ready the rows, and wrappers that guard a whole strategy."""
 
 from mtl_optax.conditioning._clip import clip_tasks
-from mtl_optax.conditioning._drop_nonfinite import DropNonfiniteTasksState, drop_nonfinite_tasks
-from mtl_optax.conditioning._ema import EmaTasksState, ema_tasks
+from mtl_optax.conditioning._drop_nonfinite import drop_nonfinite_tasks
+from mtl_optax.conditioning._ema import ema_tasks
 from mtl_optax.conditioning._log import log_losses
-from mtl_optax.conditioning._monitor import MonitorTasksState, monitor_tasks
-from mtl_optax.conditioning._multi_steps import MultiStepsState, multi_steps
+from mtl_optax.conditioning._monitor import monitor_tasks
+from mtl_optax.conditioning._multi_steps import multi_steps
 from mtl_optax.conditioning._normalize import normalize_tasks
-from mtl_optax.conditioning._skip_nonfinite import SkipNonfiniteState, skip_nonfinite
+from mtl_optax.conditioning._skip_nonfinite import skip_nonfinite
 
 __all__ = [
-    "DropNonfiniteTasksState",
-    "EmaTasksState",
-    "MonitorTasksState",
-    "MultiStepsState",
-    "SkipNonfiniteState",
     "clip_tasks",
     "drop_nonfinite_tasks",
     "ema_tasks",
