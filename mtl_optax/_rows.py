@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.solvers._base import power_of_two
+from mtl_optax.solvers._base import dot, power_of_two
+
+# Columns that a CPU multiplies at a time.
+_BLOCK = 8192
 
 
 def mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -26,26 +29,80 @@ def scaled_products(
     rows: Sequence[jax.Array], others: Sequence[jax.Array], num_tasks: int, dtype: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """M, s and t of diag(s) M diag(t), the inner products of two sets of rows."""
-    products = jnp.zeros((num_tasks, num_tasks), dtype)
     if not rows:
-        return products, jnp.zeros(num_tasks, dtype), jnp.zeros(num_tasks, dtype)
+        zeros = jnp.zeros(num_tasks, dtype)
+        return jnp.zeros((num_tasks, num_tasks), dtype), zeros, zeros
     dtype = jnp.promote_types(dtype, jnp.result_type(*rows))
 
-    def unit(rows):
-        wide = [row.astype(dtype) for row in rows]
-        scales = jnp.zeros(num_tasks, dtype)
-        for row in wide:
-            scales = jnp.maximum(scales, jnp.max(jnp.abs(row), axis=range(1, row.ndim), initial=0))
-        divisor = power_of_two(scales)
-        units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in wide]
-        return units, jnp.where(scales == 0, 0, divisor)
+    def in_units():
+        left, scales = _unit_rows(rows, dtype)
+        right, other_scales = (left, scales) if others is rows else _unit_rows(others, dtype)
+        products = sum(map(_products, left, right), jnp.zeros((num_tasks, num_tasks), dtype))
+        return products, scales, other_scales
 
-    left, scales = unit(rows)
-    right, other_scales = (left, scales) if others is rows else unit(others)
-    for a, b in zip(left, right, strict=True):
-        # Contracting every axis of the parameter in place keeps a sharded leaf sharded.
-        axes = tuple(range(1, a.ndim))
-        products += jax.lax.dot_general(
-            a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST
-        )
-    return products, scales, other_scales
+    if others is not rows:
+        return in_units()
+    # To find the scales first would read the rows twice more. They come from the products instead,
+    # unless those leave the range of the type or are so small that what underflowed counts.
+    products = sum(_own_products(row.astype(dtype)) for row in rows)
+    squares = jnp.diagonal(products)
+    limits, size = jnp.finfo(dtype), sum(row[0].size for row in rows)
+    in_range = (squares > size * float(limits.tiny) / float(limits.eps)) & (squares <= limits.max)
+
+    def as_they_are():
+        scales = power_of_two(jnp.sqrt(squares))
+        return products / scales[:, None] / scales[None, :], scales, scales
+
+    return jax.lax.cond(jnp.all(in_range), as_they_are, in_units)
+
+
+def _unit_rows(rows: Sequence[jax.Array], dtype: Any) -> tuple[list[jax.Array], jax.Array]:
+    """The rows over powers of two, entries below 2, and those powers; 0 for a zero row."""
+    wide = [row.astype(dtype) for row in rows]
+    largest = jnp.zeros(len(wide[0]), dtype)
+    for row in wide:
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(row), range(1, row.ndim), initial=0))
+    divisor = power_of_two(largest)
+    units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in wide]
+    return units, jnp.where(largest == 0, 0, divisor)
+
+
+def _products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """⟨a_i, b_j⟩ of one leaf."""
+    # Contracting every axis of the parameter in place keeps a sharded leaf sharded.
+    axes = tuple(range(1, a.ndim))
+    dimensions = ((axes, axes), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST)
+
+
+def _own_products(a: jax.Array) -> jax.Array:
+    """⟨a_i, a_j⟩ of one leaf."""
+    # A block of columns would gather a sharded leaf; on one device nothing is sharded.
+    blocks = a[0].size >= 2 * _BLOCK and jax.device_count() == 1
+    cpu = {"cpu": _products_by_columns} if blocks else {}
+    return jax.lax.platform_dependent(a, **cpu, default=lambda a: _products(a, a))
+
+
+def _products_by_columns(a: jax.Array) -> jax.Array:
+    """On a CPU 2 to 3 times faster than one product of so few rows and so many columns."""
+    a = a.reshape(len(a), -1)
+    if len(a) == 2:
+        x, y = a
+        return jnp.stack([dot(x, x), dot(x, y), dot(x, y), dot(y, y)]).reshape(2, 2)
+    num_blocks, rest = divmod(a.shape[1], _BLOCK)
+
+    def add(total, start):
+        return total + _lower_half(jax.lax.dynamic_slice_in_dim(a, start, _BLOCK, axis=1)), None
+
+    tail = _products(a[:, -rest:], a[:, -rest:]) if rest else jnp.zeros((len(a), len(a)), a.dtype)
+    return jax.lax.scan(add, tail, _BLOCK * jnp.arange(num_blocks))[0]
+
+
+def _lower_half(a: jax.Array) -> jax.Array:
+    """⟨a_i, a_j⟩ without computing both triangles, where that saves more than it costs."""
+    half = len(a) // 2
+    if half < 16:
+        return _products(a, a)
+    upper, lower = a[:half], a[half:]
+    corner = _products(lower, upper)
+    return jnp.block([[_lower_half(upper), corner.T], [corner, _lower_half(lower)]])
