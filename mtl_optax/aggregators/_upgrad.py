@@ -1,5 +1,6 @@
 """UPGrad: every task gradient freed of conflict on its own, then averaged."""
 
+import functools
 from typing import Any
 
 import jax
@@ -63,8 +64,18 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
-        solutions = jax.vmap(nonnegative_qp, in_axes=(None, 0))(cosines, cosines)
+        # Batched factorisations are slow on a CPU: in turns the programs take a fifth of the time
+        # at K = 128. Elsewhere K programs in turns would be K times the latency.
+        solutions = jax.lax.platform_dependent(cosines, cpu=_in_turns, default=_at_once)
         lift = raw_weights(dot(shares * norms, solutions.x), norms)
         return shares + lift, jnp.all(solutions.converged)
 
     return solved_aggregator(num_tasks, solve)
+
+
+def _in_turns(cosines):
+    return jax.lax.map(functools.partial(nonnegative_qp, cosines), cosines)
+
+
+def _at_once(cosines):
+    return jax.vmap(functools.partial(nonnegative_qp, cosines))(cosines)

@@ -178,17 +178,18 @@ def _active_set(C, q, gradient, violation, curved, max_steps):
         retry = search._replace(ridge=16 * ridge, steps=steps + 1, done=ridge > 1e9)
         return jax.tree.map(lambda a, b: jnp.where(failed, a, b), retry, following)
 
-    zero, false = jnp.zeros((), jnp.int32), jnp.zeros((), bool)
+    zero, true = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    free = curved & (q < 0)
     search = _Search(
         x=jnp.zeros_like(q),
-        free=curved & (q < 0),
+        free=free,
         ridge=jnp.asarray(4 * K * eps, q.dtype),
-        pivoting=~false,
+        pivoting=true,
         fewest=zero + (K + 1),
         patience=zero + _PATIENCE,
         bar=jnp.ones_like(q),
         steps=zero,
-        done=false,
+        done=~jnp.any(free),
     )
     search = jax.lax.while_loop(unsolved, body, search)
     return search.x, search.steps
