@@ -1,0 +1,183 @@
+"""How long a train step takes, against the plain summed-loss step of the same framework.
+
+Every step of a workload is timed in turns with all others, ours and TorchJD's, in one process;
+each ratio is the median over the rounds. `python -m benchmarks.cost_report` draws the results.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks import peers, tables, timing
+from benchmarks.steps import PLAIN, WAYS, Program
+from benchmarks.tables import Cells
+from benchmarks.workloads import WORKLOADS
+
+OURS, PEER = "mtl_optax", "TorchJD"
+GROUPS = {
+    OURS: {PLAIN: PLAIN, **{name: way.group for name, way in WAYS.items()}},
+    PEER: peers.GROUPS,
+}
+# The most a row of ours may take, in plain steps, by group and workload.
+TARGETS: dict[str, dict[str, float]] = {
+    "losses": {"mlp-2": 1.05, "mlp-8": 1.05, "mlp-40": 1.05, "cnn-2": 1.05, "transformer-3": 1.05},
+    "features": {"mlp-2": 1.05, "mlp-8": 1.15, "mlp-40": 1.4},
+    "last layer": {"mlp-2": 1.25, "mlp-8": 2.7},
+    "exact": {"mlp-2": 1.65, "mlp-8": 4.9, "mlp-40": 13.0},
+}
+# These differ little from their neighbours: a short run has them at one number of tasks.
+ONLY_AT = "mlp-8"
+ONLY_THERE = ("dtp", "gls", "rlw", "mgda, features")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `python -m benchmarks.step_time` takes."""
+
+    workloads: tuple[Literal[tuple(WORKLOADS)], ...] = (  # pyright: ignore[reportInvalidTypeForm]
+        "mlp-2", "mlp-8", "mlp-40", "cnn-2", "transformer-3",
+    )  # fmt: skip
+    """What to train."""
+    rows: tuple[Literal[tuple(WAYS)], ...] = ()  # pyright: ignore[reportInvalidTypeForm]
+    """Which of our rows; by default all, a few of them at mlp-8 only."""
+    peers: bool = True
+    """Whether TorchJD takes its turns, where it is installed."""
+    rounds: int = 20
+    """The most turns a step gets."""
+    seconds: float = 20.0
+    """When a workload's last round begins, at the latest."""
+    name: str = "step_time"
+    """Name of the file of results; give another one on another machine."""
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """The results of every workload, ready for JSON."""
+    peer = timing.load_peer() if options.peers else None
+    return {
+        "settings": dataclasses.asdict(options),
+        "workloads": {name: _measure(name, options, peer, console) for name in options.workloads},
+    }
+
+
+def _measure(name: str, options: Options, peer: Any, console: Console) -> dict[str, Any]:
+    workload = WORKLOADS[name]()
+    names = options.rows or [n for n in WAYS if name == ONLY_AT or n not in ONLY_THERE]
+    programs = {
+        row: Program(workload, row)
+        for row in track((PLAIN, *names), f"{name}: compiling", console=console)
+    }
+    calls: dict[str, Any] = {f"{OURS}: {row}": program for row, program in programs.items()}
+    if peer is not None:
+        torch, _ = peer
+        steps = peers.steps(torch, workload)
+        calls |= {f"{PEER}: {row}": step for row, step in steps.items()}
+    with console.status(f"{name}: timing {len(calls)} steps in turns"):
+        times = timing.interleave(calls, rounds=options.rounds, max_seconds=options.seconds)
+    rows = {}
+    for label in calls:
+        framework, row = label.split(": ")
+        plain = f"{framework}: {PLAIN}"
+        ratios = [a / b for a, b in zip(times[label], times[plain], strict=True)]
+        rows[label] = {
+            "group": GROUPS[framework][row],
+            "seconds": statistics.median(times[label]),
+            "ratio": timing.ratio(times, label, plain),
+            "quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
+        }
+        if framework == OURS:
+            program = programs[row]
+            rows[label]["flops_ratio"] = program.flops / programs[PLAIN].flops
+            rows[label]["temp_bytes"] = program.temp_bytes
+    return {
+        "num_tasks": workload.num_tasks,
+        "parameters": workload.num_params,
+        "rounds": len(times[f"{OURS}: {PLAIN}"]),
+        "rows": rows,
+    }
+
+
+def tables_of(results: dict[str, Any]) -> list[Cells]:
+    """What was measured, and how far it is from the targets."""
+    workloads = results["workloads"]
+    labels = list(dict.fromkeys(label for w in workloads.values() for label in w["rows"]))
+
+    def each(title: str, cell: Callable[[dict[str, Any]], str], shown: list[str]) -> Cells:
+        body = [
+            [
+                label,
+                *(cell(w["rows"][label]) if label in w["rows"] else "" for w in workloads.values()),
+            ]
+            for label in shown
+        ]
+        return Cells(title, ["step", *workloads], body)
+
+    def time(row: dict[str, Any]) -> str:
+        return f"{1e3 * row['seconds']:.0f} ms" if row["group"] == PLAIN else f"{row['ratio']:.2f}"
+
+    ours = [label for label in labels if label.startswith(OURS)]
+    return [
+        each("Time of a step in plain steps of its framework", time, labels),
+        each(
+            "Compiled flops in plain steps, and temporary memory",
+            lambda row: f"{row['flops_ratio']:.3f}, {row['temp_bytes'] / 1e6:.0f} MB",
+            ours,
+        ),
+        _against_targets(workloads),
+    ]
+
+
+def _against_targets(workloads: dict[str, Any]) -> Cells:
+    rows = []
+    for group, limits in TARGETS.items():
+        for name, limit in limits.items():
+            if name not in workloads:
+                continue
+            measured = {
+                framework: {
+                    label.removeprefix(f"{framework}: "): row["ratio"]
+                    for label, row in workloads[name]["rows"].items()
+                    if row["group"] == group and label.startswith(framework)
+                }
+                for framework in (OURS, PEER)
+            }
+            # Of modes with one result the best counts; of strategies that each have one, the worst.
+            pick = max if group == "losses" else min
+            best = {
+                framework: pick(ratios, key=lambda row, ratios=ratios: ratios[row])
+                for framework, ratios in measured.items()
+                if ratios
+            }
+            if OURS not in best:
+                continue
+            ratio = measured[OURS][best[OURS]]
+            theirs = f"{measured[PEER][best[PEER]]:.2f} ({best[PEER]})" if PEER in best else ""
+            verdict = "yes" if ratio <= limit else f"no, by {100 * (ratio / limit - 1):.0f} %"
+            rows.append(
+                [f"{group}, {name}", f"{limit}", f"{ratio:.2f} ({best[OURS]})", verdict, theirs]
+            )
+    header = ["steps", "target", OURS, "reached", PEER]
+    return Cells(
+        "Against the targets (loss-only: the slowest strategy; else the best)", header, rows
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(
+        Options, args=argv, prog="python -m benchmarks.step_time", description=__doc__
+    )
+    console = Console()
+    results = run(options, console)
+    path = timing.save(options.name, results)
+    for cells in tables_of(results):
+        tables.show(console, cells)
+    console.print(f"results: {path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

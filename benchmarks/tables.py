@@ -1,0 +1,42 @@
+"""The tables of the cost benchmarks: for the terminal, and as Markdown for the docs."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+class Cells(NamedTuple):
+    """A table of strings; the first column names its rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def show(console: Console, cells: Cells) -> None:
+    """Prints a table."""
+    view = Table(title=cells.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, name in enumerate(cells.header):
+        view.add_column(name, justify="right" if i else "left", no_wrap=not i)
+    for row in cells.rows:
+        view.add_row(*row)
+    console.print(view)
+
+
+def markdown(cells: Cells) -> str:
+    """A table with its title as a line above it."""
+    rule = ["---", *["---:"] * (len(cells.header) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in (cells.header, rule, *cells.rows)]
+    return "\n".join([f"{cells.title}:", "", *lines])
+
+
+def fill(document: str, name: str, text: str) -> str:
+    """The document with `text` between its lines `<!-- name -->` and `<!-- /name -->`."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(document):
+        raise ValueError(f"no lines <!-- {name} --> and <!-- /{name} --> to write between")
+    return pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", document)
