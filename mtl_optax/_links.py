@@ -34,18 +34,10 @@ def link(
         result, state = update_fn(get(updates, losses, num_tasks), state, **extra_args)
         return result if isinstance(result, Jacobian) else conform(result, params), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: _unshared(init_fn(params)), update)
-
-
-def _unshared(state: Any) -> Any:
-    """The state with no array in two places: JAX refuses to donate the same buffer twice."""
-    leaves, treedef = jax.tree.flatten(state)
-    seen = set()
-    for i, leaf in enumerate(leaves):
-        if id(leaf) in seen:
-            leaves[i] = jnp.copy(leaf)
-        seen.add(id(leaf))
-    return treedef.unflatten(leaves)
+    # A state is donated: it must not hold the caller's key or weights, nor one array twice.
+    return optax.GradientTransformationExtraArgs(
+        lambda params: jax.tree.map(jnp.copy, init_fn(params)), update
+    )
 
 
 def receive(updates: Any, losses: Any = None, num_tasks: int | None = None) -> Jacobian:
