@@ -66,6 +66,8 @@ _ROWS = (
              balancers.dtp, extra_args=("kpis",)),
     Strategy("rlw", "balancer", "losses", "sum", "random weights, drawn anew at each update",
              _ARXIV + "2111.10603", balancers.rlw, stochastic=True),
+    Strategy("rgw", "aggregator", "losses", "sum", "random weights, the heads left alone",
+             _ARXIV + "2111.10603", aggregators.rgw, stochastic=True),
     Strategy("gls", "balancer", "losses", "free", "the geometric mean of the losses",
              _ARXIV + "1904.08492", balancers.gls),
     Strategy("imtl_l", "balancer", "losses", "free", "learned scales that make the losses equal",

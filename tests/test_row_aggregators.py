@@ -72,6 +72,21 @@ def test_graddrop_leaks():
     assert {float(u[0]) for u in updates} == {2.5, -1.0}
 
 
+# Random gradient weighting.
+
+
+def test_rgw_draws_as_rlw_does_and_leaves_heads_alone():
+    params = {"w": jnp.array([1.0, -2.0]), "a": jnp.array(3.0), "b": jnp.array(0.5)}
+    _, jac = mtl.value_and_jac(lambda p: {k: p[k] * jnp.sum(p["w"]) for k in ("a", "b")})(params)
+    tx, weigh = mtl.rgw(2, key=KEY), mtl.scale_by_rlw(2, key=KEY)
+    update, state = tx.update(jac, tx.init(params), params)
+    weights = weigh.update(jac, weigh.init(params), params)[1].weights
+    np.testing.assert_array_equal(state.weights, weights)
+    assert abs(weights[0] - weights[1]) > 0.1
+    np.testing.assert_allclose(update["w"], [weights @ np.array([3.0, 0.5])] * 2, rtol=1e-6)
+    np.testing.assert_array_equal([update["a"], update["b"]], [-1.0, -1.0])
+
+
 # Krum and the trimmed mean.
 
 

@@ -21,6 +21,7 @@ from mtl_optax.aggregators._modo import modo
 from mtl_optax.aggregators._nash_mtl import nash_mtl
 from mtl_optax.aggregators._pcd import pcd
 from mtl_optax.aggregators._pcgrad import pcgrad
+from mtl_optax.aggregators._rgw import rgw
 from mtl_optax.aggregators._sdmgrad import sdmgrad
 from mtl_optax.aggregators._sum import mean_tasks, sum_tasks
 from mtl_optax.aggregators._trimmed_mean import trimmed_mean
@@ -49,6 +50,7 @@ __all__ = [
     "nash_mtl",
     "pcd",
     "pcgrad",
+    "rgw",
     "sdmgrad",
     "sum_tasks",
     "trimmed_mean",

@@ -1,20 +1,11 @@
 """Random loss weighting: draw the weights anew at each update."""
 
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_key, check_num_tasks, link
+from mtl_optax._links import link
+from mtl_optax.aggregators._rgw import random_weights
 from mtl_optax.balancers._base import summed
-
-
-class RlwState(NamedTuple):
-    """State of `scale_by_rlw`."""
-
-    weights: jax.Array  # (K,) float32, of the last update
-    key: jax.Array  # typed random key
 
 
 def scale_by_rlw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExtraArgs:
@@ -49,21 +40,14 @@ def scale_by_rlw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformat
 
     References:
       Lin et al., `Reasonable Effectiveness of Random Weighting
-      <https://arxiv.org/abs/2111.10603>`_, 2022, algorithm 2.
+      <https://arxiv.org/abs/2111.10603>`_, 2022.
     """
-    check_num_tasks(num_tasks)
-    check_key(key)
-
-    def init_fn(params):
-        del params
-        return RlwState(jnp.ones(num_tasks, jnp.float32), key)
+    init_fn, draw = random_weights(num_tasks, key)
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        next_key, draw_key = jax.random.split(state.key)
-        noise = jax.random.normal(draw_key, (num_tasks,), jnp.float32)
-        weights = num_tasks * jax.nn.softmax(noise)
-        return jacobian.scale(weights), RlwState(weights, next_key)
+        state = draw(state)
+        return jacobian.scale(state.weights), state
 
     return link(init_fn, update_fn, num_tasks)
 
