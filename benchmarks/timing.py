@@ -14,6 +14,7 @@ import jax
 
 from benchmarks import experiment
 
+OURS, PEER = "mtl_optax", "TorchJD"
 RESULTS = Path(__file__).parent / "results"
 _LEAST_SECONDS = 0.01  # a sample repeats a shorter call until it takes this long
 
