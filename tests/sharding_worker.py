@@ -1,0 +1,161 @@
+"""Trains on several devices and prints, as JSON, how far the result is from one device's.
+
+python -m tests.sharding_worker                  8 simulated devices
+python -m tests.sharding_worker HOST:PORT RANK   4 devices, 2 in each of two processes
+"""
+
+import collections
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+import mtl_optax as mtl
+
+K, STEPS = 3, 4
+LAYOUTS = {"data": (8, 1), "fsdp": (1, 8), "both": (4, 2)}
+STRATEGIES = {
+    "plain": mtl.sum_tasks,
+    "uncertainty": lambda: mtl.uncertainty(K),
+    "upgrad": lambda: mtl.upgrad(K),
+    "graddrop": lambda: mtl.graddrop(K, key=jax.random.key(0)),
+    "trimmed_mean": lambda: mtl.trimmed_mean(K),
+}
+MODES = [{"rows": "batched"}, {"rows": "sequential"}, {"gramian": "columns"}, {"gramian": "ghost"}]
+OPTIMIZER = optax.sgd(0.5, momentum=0.9)
+EXAMPLES = P(("data", "fsdp"))  # each device has its own, wherever the parameters are
+
+
+def problem():
+    """Parameters and a batch: no other array has the shape of a parameter."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return (rng.normal(size=shape) / shape[0] ** 0.5).astype(np.float32)
+
+    params = {"first": draw(24, 32), "second": draw(32, 64)} | {
+        name: draw(64, 16) for name in "abc"
+    }
+    return params, (draw(48, 24) * 5, {name: draw(48, 16) * 5 for name in "abc"})
+
+
+def task_losses(params, x, y, keep=lambda h: h):
+    h = keep(jnp.tanh(x @ params["first"]))
+    h = keep(jnp.tanh(h @ params["second"]))
+    return {name: jnp.mean((h @ params[name] - y[name]) ** 2) for name in "abc"}
+
+
+def manual_losses(params, x, y):
+    """Inside `shard_map`: parameters are gathered where they are used, losses averaged."""
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=1, tiled=True)
+    return jax.lax.pmean(task_losses(jax.tree.map(gather, params), x, y), ("data", "fsdp"))
+
+
+def make_step(strategy, losses_fn, modes):
+    tx = optax.chain(STRATEGIES[strategy](), OPTIMIZER)
+
+    def step(params, opt_state, *batch):
+        _, jac = mtl.value_and_jac(losses_fn, **modes)(params, *batch)
+        updates, opt_state = tx.update(jac, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return tx.init, step
+
+
+def train_on_one(strategy):
+    params, batch = problem()
+    init, step = make_step(strategy, task_losses, {})
+    step, state = jax.jit(step), (params, init(params))
+    for _ in range(STEPS):
+        state = step(*state, *batch)
+    return jax.device_get(state[0])
+
+
+def train_on_many(strategy, mesh, modes, *, manual=False):
+    """The parameters after some steps, and the compiled step."""
+    params, batch = problem()
+    placed = functools.partial(NamedSharding, mesh)
+    keep = functools.partial(jax.lax.with_sharding_constraint, shardings=placed(EXAMPLES))
+    losses_fn = manual_losses if manual else functools.partial(task_losses, keep=keep)
+    init, step = make_step(strategy, losses_fn, modes)
+    begin = lambda params: (params, init(params))  # noqa: E731
+    # Matrices, and what the optimizer keeps in their shape, are split by columns.
+    specs = jax.tree.map(
+        lambda leaf: P(None, "fsdp") if leaf.ndim == 2 else P(), jax.eval_shape(begin, params)
+    )
+    if manual:
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(*specs, EXAMPLES, EXAMPLES), out_specs=specs
+        )
+    shardings = jax.tree.map(placed, specs)
+    state = jax.jit(begin, out_shardings=shardings)(params)
+    batch = jax.device_put(batch, placed(EXAMPLES))
+    step = jax.jit(step, out_shardings=shardings).lower(*state, *batch).compile()
+    for _ in range(STEPS):
+        state = step(*state, *batch)
+    whole = jax.jit(lambda tree: tree, out_shardings=placed(P()))(state[0])
+    return jax.tree.map(np.asarray, whole), step
+
+
+def distance(params, others):
+    return max(float(np.max(np.abs(params[name] - others[name]))) for name in params)
+
+
+def collectives(hlo):
+    """What each collective of a compiled program yields: a list of shapes an operation."""
+    found = collections.defaultdict(list)
+    names = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for yields, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", hlo):
+        shapes = re.findall(r"\w+\[([\d,]*)\]", yields)
+        found[name].append([[int(size) for size in shape.split(",") if size] for shape in shapes])
+    return found
+
+
+def runs(two_processes):
+    """`(name, strategy, layout, modes, manual)` of everything that is trained."""
+    if two_processes:
+        for strategy in ("uncertainty", "upgrad", "graddrop"):
+            yield f"processes {strategy}", strategy, (2, 2), {}, False
+        yield "processes upgrad shard_map", "upgrad", (2, 2), {}, True
+        return
+    for layout, shape in LAYOUTS.items():
+        for strategy in ("plain", "uncertainty", "upgrad", "graddrop"):
+            yield f"{layout} {strategy}", strategy, shape, {}, False
+    for modes in MODES:
+        yield f"both upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False
+    # What draws at random an entry draws other numbers for a shard than for the whole.
+    for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean"):
+        yield f"shard_map {strategy}", strategy, LAYOUTS["both"], {}, True
+
+
+def main(address=None, rank="0"):
+    jax.config.update("jax_num_cpu_devices", 2 if address else 8)
+    if address:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
+    reference, results = functools.cache(train_on_one), {}
+    for name, strategy, shape, modes, manual in runs(bool(address)):
+        mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        try:
+            params, step = train_on_many(strategy, mesh, modes, manual=manual)
+        except Exception as failure:
+            results[name] = {"failure": f"{type(failure).__name__}: {failure}"}
+            continue
+        results[name] = {
+            "error": distance(params, reference(strategy)),
+            "moved": distance(params, problem()[0]),
+            "collectives": collectives(step.as_text()),
+            "entry": collectives(step.as_text().split("ENTRY")[-1]),  # no branch, no loop
+        }
+    if rank == "0":
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
