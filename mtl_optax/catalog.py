@@ -1,6 +1,7 @@
 """The table of every strategy, over which tests, benchmarks and docs iterate."""
 
 import difflib
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -22,8 +23,11 @@ class Strategy(NamedTuple):
         norm of the rows) or `"free"`.
       summary: what it does, in a few words.
       paper: the address of its paper; empty for the plain baselines.
-      factory: `factory(num_tasks, **options)`.
+      factory: `factory(num_tasks, **options)`; its defaults are in `options`.
+      stateful: whether, by default, an update depends on earlier ones.
       stochastic: whether it takes a `key=`.
+      ordered: whether the order of the tasks has a say, as where weights are drawn or tasks chosen
+        by their position.
       extra_args: the further arguments that its `update` needs, such as `kpis`.
     """
 
@@ -34,8 +38,16 @@ class Strategy(NamedTuple):
     summary: str
     paper: str
     factory: Callable[..., optax.GradientTransformationExtraArgs]
+    stateful: bool = False
     stochastic: bool = False
+    ordered: bool = False
     extra_args: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The factory's keyword options with their defaults; a `key` has none."""
+        parameters = list(inspect.signature(self.factory).parameters.values())[1:]
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _fixed(num_tasks: int, *, weights: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -53,39 +65,39 @@ _ROWS = (
     Strategy("weights", "balancer", "losses", "sum", "weights you choose, or their schedule", "",
              _fixed),
     Strategy("uncertainty", "balancer", "losses", "free", "learned noise of each task",
-             _ARXIV + "1705.07115", balancers.uncertainty),
+             _ARXIV + "1705.07115", balancers.uncertainty, stateful=True),
     Strategy("uwso", "balancer", "losses", "sum", "softmax of the inverse losses",
              _ARXIV + "2408.07985", balancers.uwso),
     Strategy("gradnorm", "balancer", "gramian", "sum", "equal gradient norms and training rates",
-             _ARXIV + "1711.02257", balancers.gradnorm),
+             _ARXIV + "1711.02257", balancers.gradnorm, stateful=True),
     Strategy("dwa", "balancer", "losses", "sum", "more weight where the loss falls slowly",
-             _ARXIV + "1803.10704", balancers.dwa),
+             _ARXIV + "1803.10704", balancers.dwa, stateful=True),
     Strategy("dtp", "balancer", "losses", "free", "more weight where performance is poor",
              "https://openaccess.thecvf.com/content_ECCV_2018/html/"
              "Michelle_Guo_Focus_on_the_ECCV_2018_paper.html",
-             balancers.dtp, extra_args=("kpis",)),
+             balancers.dtp, stateful=True, extra_args=("kpis",)),
     Strategy("rlw", "balancer", "losses", "sum", "random weights, drawn anew at each update",
-             _ARXIV + "2111.10603", balancers.rlw, stochastic=True),
+             _ARXIV + "2111.10603", balancers.rlw, stochastic=True, ordered=True),
     Strategy("rgw", "aggregator", "losses", "sum", "random weights, the heads left alone",
-             _ARXIV + "2111.10603", aggregators.rgw, stochastic=True),
+             _ARXIV + "2111.10603", aggregators.rgw, stochastic=True, ordered=True),
     Strategy("gls", "balancer", "losses", "free", "the geometric mean of the losses",
              _ARXIV + "1904.08492", balancers.gls),
     Strategy("imtl_l", "balancer", "losses", "free", "learned scales that make the losses equal",
-             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl_l),
+             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl_l, stateful=True),
     Strategy("imtl", "aggregator", "gramian", "mean", "learned loss scales, equal projections",
-             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl),
+             "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl, stateful=True),
     Strategy("scale_invariant", "balancer", "losses", "free", "the sum of the log losses", "",
              lambda num_tasks: optax.chain(conditioning.log_losses(), aggregators.sum_tasks())),
     Strategy("famo", "balancer", "losses", "mean", "log losses that fall equally fast",
-             _ARXIV + "2306.03792", balancers.famo),
+             _ARXIV + "2306.03792", balancers.famo, stateful=True),
     Strategy("stch", "balancer", "losses", "sum", "a smooth maximum of the losses",
              _ARXIV + "2402.19078", balancers.stch),
     Strategy("softadapt", "balancer", "losses", "sum", "more weight where the loss rises",
-             _ARXIV + "1912.12355", balancers.softadapt),
+             _ARXIV + "1912.12355", balancers.softadapt, stateful=True),
     Strategy("relobralo", "balancer", "losses", "sum", "relative losses, with random look back",
-             _ARXIV + "2110.09813", balancers.relobralo, stochastic=True),
+             _ARXIV + "2110.09813", balancers.relobralo, stateful=True, stochastic=True),
     Strategy("cov", "balancer", "losses", "sum", "more weight where the loss ratio varies",
-             _ARXIV + "2009.01717", balancers.cov),
+             _ARXIV + "2009.01717", balancers.cov, stateful=True),
     Strategy("cosmos", "balancer", "losses", "free", "a weighted sum turned towards a preference",
              _ARXIV + "2103.13392", balancers.cosmos),
     Strategy("pbi", "balancer", "losses", "free", "down a preference ray, penalised off it",
@@ -97,7 +109,7 @@ _ROWS = (
     Strategy("pcgrad", "aggregator", "gramian", "sum", "conflicting gradients projected off",
              _ARXIV + "2001.06782", aggregators.pcgrad, stochastic=True),
     Strategy("gradvac", "aggregator", "gramian", "sum", "rows turned to their usual cosines",
-             _ARXIV + "2010.05874", aggregators.gradvac, stochastic=True),
+             _ARXIV + "2010.05874", aggregators.gradvac, stateful=True, stochastic=True),
     Strategy("cagrad", "aggregator", "gramian", "free", "best worst task near the mean",
              _ARXIV + "2110.14048", aggregators.cagrad),
     Strategy("imtl_g", "aggregator", "gramian", "mean", "equal projections on every task",
@@ -119,9 +131,9 @@ _ROWS = (
     Strategy("ntk", "balancer", "gramian", "free", "equal convergence rates by kernel traces",
              _ARXIV + "2007.14527", balancers.ntk),
     Strategy("lr_annealing", "balancer", "rows", "free", "terms at the size of the residual's",
-             _ARXIV + "2001.04536", balancers.lr_annealing),
+             _ARXIV + "2001.04536", balancers.lr_annealing, stateful=True, ordered=True),
     Strategy("encodec", "balancer", "gramian", "sum", "chosen shares of the gradient norm",
-             _ARXIV + "2210.13438", balancers.encodec),
+             _ARXIV + "2210.13438", balancers.encodec, stateful=True),
     Strategy("graddrop", "aggregator", "rows", "sum", "one random sign an entry",
              _ARXIV + "2010.06808", aggregators.graddrop, stochastic=True),
     Strategy("krum", "aggregator", "gramian", "mean", "the rows nearest to their neighbours",
@@ -129,21 +141,21 @@ _ROWS = (
     Strategy("trimmed_mean", "aggregator", "rows", "mean", "entries averaged without extremes",
              _ARXIV + "1803.01498", aggregators.trimmed_mean),
     Strategy("db_mtl", "aggregator", "rows", "free", "log losses, rows at the largest norm",
-             _ARXIV + "2308.12029", aggregators.db_mtl),
+             _ARXIV + "2308.12029", aggregators.db_mtl, stateful=True),
     Strategy("moco", "aggregator", "rows", "mean", "min-norm weights on tracked rows",
-             "https://openreview.net/forum?id=dLAYGdKTi2", aggregators.moco),
+             "https://openreview.net/forum?id=dLAYGdKTi2", aggregators.moco, stateful=True),
     Strategy("cr_mogm", "aggregator", "gramian", "mean", "smoothed weights of another aggregator",
-             "https://openreview.net/forum?id=ScwfQ7hdwyP", aggregators.cr_mogm),
+             "https://openreview.net/forum?id=ScwfQ7hdwyP", aggregators.cr_mogm, stateful=True),
     Strategy("excess_mtl", "aggregator", "rows", "mean", "more weight to a high excess risk",
-             _ARXIV + "2402.02009", aggregators.excess_mtl),
+             _ARXIV + "2402.02009", aggregators.excess_mtl, stateful=True),
     Strategy("pcd", "aggregator", "gramian", "free", "a primary task, progress for the others",
-             _ARXIV + "2606.29521", aggregators.pcd),
+             _ARXIV + "2606.29521", aggregators.pcd, stateful=True, ordered=True),
     Strategy("modo", "aggregator", "batches", "mean", "min-norm weights by double sampling",
-             _ARXIV + "2305.20057", aggregators.modo),
+             _ARXIV + "2305.20057", aggregators.modo, stateful=True),
     Strategy("sdmgrad", "aggregator", "batches", "mean", "a direction near a preferred one",
-             _ARXIV + "2305.18409", aggregators.sdmgrad),
+             _ARXIV + "2305.18409", aggregators.sdmgrad, stateful=True),
     Strategy("m_config", "aggregator", "rows", "free", "ConFIG on momenta, one task a step",
-             _ARXIV + "2408.11104", aggregators.m_config),
+             _ARXIV + "2408.11104", aggregators.m_config, stateful=True, ordered=True),
 )
 # fmt: on
 
@@ -185,13 +197,13 @@ def make(
 
 
 def markdown() -> str:
-    """The catalog as a Markdown table: `python -m mtl_optax.catalog` prints it."""
-    lines = ["| strategy | kind | needs | update scale | what it does |", "|---|---|---|---|---|"]
+    """The catalog as the Markdown table that the README shows."""
+    titles = "strategy", "kind", "needs", "state", "update scale", "what it does"
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in STRATEGIES.values():
         name = f"[`{row.name}`]({row.paper})" if row.paper else f"`{row.name}`"
-        lines.append(f"| {name} | {row.kind} | {row.needs} | {row.scale} | {row.summary} |")
+        state = " ".join(["memory"] * row.stateful + ["key"] * row.stochastic)
+        lines.append(
+            f"| {name} | {row.kind} | {row.needs} | {state} | {row.scale} | {row.summary} |"
+        )
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -1,7 +1,6 @@
 """What every strategy of the catalog must do."""
 
 import functools
-import inspect
 
 import chex
 import jax
@@ -18,9 +17,11 @@ from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error
 TASKS = ("a", "b", "c")
 NAMES = sorted(mtl.STRATEGIES)
 # A strategy is one compiled program here and in the next run: shapes are shared over the file.
-# Weights that are drawn, or tasks that are chosen, by their position.
-BY_POSITION = {"rlw", "rgw", "pcd", "lr_annealing", "m_config"}
 KPIS = {"a": 0.3, "b": 0.9, "c": 0.6}
+
+
+def is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def make(name, num_tasks=3, seed=0, **options):
@@ -87,7 +88,7 @@ def test_runs_in_scan_under_vmap_over_seeds(name):
     for _ in range(3):
         alone = compiled_step(name)[1](*alone, x, y)[:2]
     for stacked, single in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
-        if not jnp.issubdtype(single.dtype, jax.dtypes.prng_key):
+        if not is_key(single):
             np.testing.assert_allclose(stacked[1], single, rtol=2e-3, atol=2e-4)
 
 
@@ -114,7 +115,6 @@ def test_exports_for_cpu_cuda_and_tpu(name):
     params, batch = mlp_params(jax.random.key(0)), mlp_batch(jax.random.key(1))
     opt_state = tx.init(params)
     # Typed keys are not a type of the exchange format: they cross it as their raw data.
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
     raw = lambda tree: jax.tree.map(lambda k: jax.random.key_data(k) if is_key(k) else k, tree)  # noqa: E731
 
     def raw_step(params, raw_state, x, y):
@@ -148,16 +148,15 @@ def test_resumes_from_a_checkpoint_bit_for_bit(name, tmp_path):
 
 def numeric_option(name):
     """One option with a float default, and the options that are static."""
-    signature = inspect.signature(mtl.STRATEGIES[name].factory)
-    defaults = {k: p.default for k, p in signature.parameters.items()}
-    floats = [k for k, default in defaults.items() if isinstance(default, float)]
-    return floats[:1], tuple(k for k in defaults if k not in floats[:1])
+    options = mtl.STRATEGIES[name].options
+    floats = [k for k, default in options.items() if isinstance(default, float)][:1]
+    return floats, ("num_tasks", *(k for k in options if k not in floats))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if numeric_option(name)[0]])
 def test_a_numeric_option_follows_a_schedule(name):
     row, ((option,), static) = mtl.STRATEGIES[name], numeric_option(name)
-    default = inspect.signature(row.factory).parameters[option].default
+    default = row.options[option]
     factory = optax.inject_hyperparams(row.factory, static_args=static)
     key = {"key": jax.random.key(0)} if row.stochastic else {}
     tx = factory(num_tasks=3, **{option: optax.constant_schedule(default)}, **key)
@@ -194,7 +193,7 @@ def test_scaling_the_jacobian_scales_the_update(name, scale):
     assert relative_error(scaled / factor, update) < 1e-4
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_POSITION])
+@pytest.mark.parametrize("name", [name for name in NAMES if not mtl.STRATEGIES[name].ordered])
 def test_permuting_the_tasks_permutes_the_weights_and_keeps_the_update(name):
     # Two tasks: there a random order has no say.
     order = jnp.array([1, 0])
@@ -236,18 +235,31 @@ def test_degenerate_jacobians_are_normal_input(name, case):
         np.testing.assert_allclose(update, matrix[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_nan_task_does_not_poison_the_state(name):
+def link_step(name):
     tx = make(name)
     step = jax.jit(lambda m, s, losses: tx.update(m, s, m[0], losses=losses, kpis=losses / 10))
-    state = tx.init(MATRIX[0])
+    return step, tx.init(MATRIX[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_task_does_not_poison_the_state(name):
+    step, state = link_step(name)
     for bad in (jnp.nan, jnp.inf):
         _, state = step(MATRIX.at[1].set(bad), state, LOSSES.at[1].set(bad))
         update, state = step(MATRIX, state, LOSSES)
-    numbers = [
-        s for s in jax.tree.leaves(state) if not jnp.issubdtype(s.dtype, jax.dtypes.prng_key)
-    ]
+    numbers = [leaf for leaf in jax.tree.leaves(state) if not is_key(leaf)]
     chex.assert_tree_all_finite((update, numbers))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_remembers_earlier_updates_if_the_catalog_says_so(name):
+    step, first = link_step(name)
+    conflicting, state = MATRIX.at[1].add(-2 * MATRIX[0]), first
+    for power in (1, -1, 2):
+        _, state = step(MATRIX * 10.0 ** jnp.array([[-1], [0], [1]]), state, LOSSES**power)
+    state = jax.tree.map(lambda new, old: old if is_key(new) else new, state, first)
+    got, expected = (step(conflicting, s, LOSSES)[0] for s in (state, first))
+    assert (relative_error(got, expected) > 1e-4) == mtl.STRATEGIES[name].stateful
 
 
 # Cost.
