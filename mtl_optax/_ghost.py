@@ -264,11 +264,17 @@ def _ghost_gramian(
         x = x / unit
         square = jnp.einsum("enc,emc->enm", x, x, precision=_HIGHEST)
 
-    # One product at a time and one for all pairs: on CPU a contraction of several axes at once, or
-    # products of vectors, cost several times as much.
-    mixed = jax.lax.map(lambda one: jnp.matmul(square, one, precision=_HIGHEST), delta)
-    flat = (len(delta), -1)
-    matrix = jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=_HIGHEST)
+    def gramian(square: jax.Array, delta: jax.Array) -> jax.Array:
+        # One product at a time and one for all pairs: on CPU a contraction of several axes at once,
+        # or products of vectors, cost several times as much.
+        mixed = jax.lax.map(lambda one: jnp.matmul(square, one, precision=_HIGHEST), delta)
+        flat = (len(delta), -1)
+        return jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=_HIGHEST)
+
+    if len(square) == 1:
+        matrix = gramian(square[0], delta.reshape(-1, *delta.shape[2:]))
+    else:
+        matrix = jnp.sum(jax.vmap(gramian, (0, 1))(square, delta), axis=0)
     return (matrix + matrix.T) / 2, jnp.full(len(delta), unit)
 
 

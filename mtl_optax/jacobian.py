@@ -313,11 +313,12 @@ class Jacobian(metaclass=_JacobianType):
         layout = self._layout
         source, taps, scales = _tap(self._map, layout.measured, self._sketch)
         rows = source.rows(layout.row_mode)
-        leaves = [i for i, m in enumerate(layout.measured) if m and not (taps and i in taps.leaves)]
-        plain, tapped = jax.lax.optimization_barrier(
-            ([rows[i] for i in leaves], rows[len(layout.measured) :])
-        )
-        return _Tapped(dict(zip(leaves, plain, strict=True)), taps, tapped, scales)
+        measured = [i for i, here in enumerate(layout.measured) if here]
+        plain = {i: rows[i] for i in measured if taps is None or i not in taps.leaves}
+        # One barrier each: together they would all be held at once.
+        plain = {i: jax.lax.optimization_barrier(row) for i, row in plain.items()}
+        tapped = [jax.lax.optimization_barrier(row) for row in rows[len(layout.measured) :]]
+        return _Tapped(plain, taps, tapped, scales)
 
     def _at_hand(self, weights: jax.Array) -> dict[int, jax.Array]:
         """The leaves of Jᵀw that are combined from rows which the Gramian left."""
@@ -512,9 +513,11 @@ class _Tapped:
         return products, jnp.where(jnp.diagonal(products) == 0, 0, scales)
 
     def mix(self, weights: jax.Array) -> dict[int, jax.Array]:
+        if weights.size > _MOST_TASKS_HELD:
+            return {}
         weights = weights * self.scales
         mixed = {i: mix(weights, row) for i, row in self.plain.items()}
-        if self.taps is None or weights.size > _MOST_TASKS_HELD:
+        if self.taps is None:
             return mixed
         return mixed | self.taps.gradients([mix(weights, row) for row in self.rows])
 
