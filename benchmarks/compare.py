@@ -1,8 +1,10 @@
-"""Trains every strategy on real data and shows which one helps.
+"""Trains strategies on a data set and shows which one helps.
 
 Writes a table to the terminal, and results.json, pictures and a self-contained report.html to a
-folder. All strategies share the model, the seeds, the order of the data and the learning rate,
-which was chosen for equal weights; no strategy's options are tuned.
+folder. All strategies share the model, the seeds and the order of the data; each gets the learning
+rate that is best for it on a validation set. Single-task models, equal weights and tuned static
+weights always run beside them. Each finished strategy is saved: start the same command again after
+an interruption, and it goes on.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from benchmarks.problem import Settings
 from mtl_optax import catalog
 
 DEFAULT_OUT = Path("results/compare")
-WIDTH = 100  # of the table in a log file
+WIDTH = 140  # of the table in a log file
 # What make demo trains in a few minutes: the methods most used, of every kind.
 SHORTLIST = (
     "mean", "weights", "uncertainty", "uwso", "gradnorm", "dwa", "dtp", "famo",
@@ -44,25 +46,25 @@ class Options:
     """What `python -m benchmarks.compare` takes."""
 
     out: Path | None = None
-    """Folder to write to: results/compare, or the folder of --from."""
+    """Folder to write to: results/compare/DATA, or the folder of --from."""
     data: Literal[tuple(DATASETS)] = "multimnist"  # pyright: ignore[reportInvalidTypeForm]
     """Data set."""
     strategies: tuple[Literal[("all", *catalog.STRATEGIES)], ...] = SHORTLIST  # pyright: ignore[reportInvalidTypeForm]
-    """Strategies of the catalog, or all of them; by default a shortlist of every kind. Equal
-    weights (sum) and single-task models always run."""
-    seeds: int = 5
+    """Strategies of the catalog, or all of them; by default a shortlist of every kind."""
+    seeds: int = 3
     """Seeds, trained side by side; each sets the initial weights and the order of the data."""
-    steps: int = 1200
-    """Training steps."""
-    batch_size: int = 128
-    """Examples in a step."""
-    learning_rate: float = 3e-3
-    """Adam's first learning rate, for all strategies, since Adam divides out the scale of their
-    updates; it falls to 0 along a cosine. The default was chosen for equal weights."""
-    hidden: tuple[int, ...] = (128, 128)
-    """Widths of the trunk's layers; the last one is where GradNorm measures gradients."""
+    candidates: int = 8
+    """Random static weights of which the best are the tuned baseline."""
     checkpoints: int = 10
-    """Times the test set is looked at; must divide the steps. Nothing is chosen by it."""
+    """Looks at the validation and test sets; must divide the steps."""
+    steps: int | None = None
+    """Training steps; by default what suits the data set, as for the following ones."""
+    batch_size: int | None = None
+    """Examples in a step."""
+    learning_rates: tuple[float, ...] = ()
+    """Grid of Adam's first learning rates, from which every strategy gets its own."""
+    hidden: tuple[int, ...] = ()
+    """Widths of the trunk's layers; the last one is where GradNorm measures gradients."""
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Train nothing: draw the table, pictures and report again from this results.json."""
 
@@ -79,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
             results = json.loads(options.from_.read_text(encoding="utf-8"))
             out = options.out or options.from_.parent
         else:
-            out = options.out or DEFAULT_OUT
+            out = options.out or DEFAULT_OUT / options.data
             results = {
                 "command": shlex.join(["python", "-m", "benchmarks.compare", *argv]),
-                **_train(options, console),
+                **_train(options, out, console),
             }
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -111,15 +113,19 @@ def table(results: dict[str, Any]) -> Table:
     return view
 
 
-def _train(options: Options, console: Console) -> dict[str, Any]:
+def _train(options: Options, out: Path, console: Console) -> dict[str, Any]:
     names = tuple(catalog.STRATEGIES) if "all" in options.strategies else options.strategies
+    console.print(f"loading {options.data}")
+    dataset = DATASETS[options.data]()
+    recipe = dataset.recipe
     settings = Settings(
         seeds=options.seeds,
-        steps=options.steps,
+        steps=options.steps or recipe.steps,
         checkpoints=options.checkpoints,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        hidden=options.hidden,
+        batch_size=options.batch_size or recipe.batch_size,
+        learning_rates=options.learning_rates or recipe.learning_rates,
+        hidden=options.hidden or recipe.hidden,
+        candidates=options.candidates,
     )
     columns = (
         TextColumn("{task.description:<30}"),
@@ -130,12 +136,12 @@ def _train(options: Options, console: Console) -> dict[str, Any]:
         TimeRemainingColumn(elapsed_when_finished=False),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("loading data", total=None)
+        bar = progress.add_task("starting", total=None)
 
         def show(what: str, done: int, total: int) -> None:
             progress.update(bar, description=what, completed=done, total=total)
 
-        return experiment.run(DATASETS[options.data](), names, settings, on_progress=show)
+        return experiment.run(dataset, names, settings, out / "runs", on_progress=show)
 
 
 if __name__ == "__main__":

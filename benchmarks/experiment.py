@@ -1,52 +1,49 @@
-"""A comparison from start to results: compile every strategy, train them in turns, take notes."""
+"""A comparison from start to results: train every strategy, take notes, choose what was tuned.
 
-import collections
+Each finished strategy is saved, so an interrupted comparison goes on where it stopped.
+"""
+
 import dataclasses
+import functools
+import json
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import train
-from benchmarks.data import TASK_KINDS, Dataset
+from benchmarks import selection, train
+from benchmarks.data import Dataset, Split, Task
 from benchmarks.problem import Problem, Settings, batch_order
-from mtl_optax import catalog
+from benchmarks.selection import EQUAL_WEIGHTS, Notes, single
 
-EQUAL_WEIGHTS = "sum"  # the strategy that all others are held against
 NUM_WINDOWS = 60  # losses and weights are kept as means over this many windows of steps
+NUM_PROBED = 256  # training examples on which the cosines of the tasks' gradients are measured
 
-
-@dataclasses.dataclass
-class _Run:
-    problem: Problem
-    program: train.Program
-    state: train.TrainState
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    records: list[train.Record] = dataclasses.field(default_factory=list)
-    metrics: list[dict[str, jax.Array]] = dataclasses.field(default_factory=list)
+Progress = Callable[[str, int, int], None]
 
 
 def run(
     dataset: Dataset,
     strategies: Sequence[str],
     settings: Settings,
+    folder: Path,
     *,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Trains single-task baselines, the plain step and the strategies; returns plain data.
-
-    All of them advance by one chunk in turn, so a slow moment of the machine hits all alike, and a
-    strategy's time is divided by the plain step's time of the same round.
+    """Trains single-task models, equal and tuned static weights, and the strategies.
 
     Args:
       dataset: what to train on.
-      strategies: names in the catalog; equal weights are always added.
+      strategies: names in the catalog; the baselines are always added.
       settings: what all strategies share.
+      folder: where each finished strategy is saved, and found again if everything that its result
+        depends on is the same.
       on_progress: called with the name of what comes next, the work done and the work to do, in
         chunks; compiling a strategy counts as one.
 
@@ -54,57 +51,147 @@ def run(
       A dict of numbers, strings, lists and dicts, ready for JSON.
     """
     strategies = list(dict.fromkeys((EQUAL_WEIGHTS, *strategies)))
-    order = batch_order(settings, len(dataset.train.inputs))
-    chunks = np.split(order, settings.checkpoints, axis=1)
-    train_split, test_split = jax.device_put((dataset.train, dataset.test))
-
-    started = time.perf_counter()
-    together = Problem(dataset, dataset.tasks, settings)
-    jobs = {name: (together, name) for name in (train.PLAIN, *strategies)}
-    for task in dataset.tasks:
-        jobs[_single(task.name)] = (Problem(dataset, (task,), settings), EQUAL_WEIGHTS)
-    total, done = len(jobs) * (1 + len(chunks)), 0
-    runs: dict[str, _Run] = {}
-    for job, (problem, name) in jobs.items():
-        on_progress(f"compiling {job}", done, total)
-        program = train.build(problem, name, settings, train_split)
-        runs[job] = _Run(problem, program, program.state)
-        done += 1
-    compiled = time.perf_counter()
-    turns = collections.deque(runs)
-    for indices in map(jax.numpy.asarray, chunks):
-        for job in turns:
-            on_progress(f"training {job}", done, total)
-            _advance(runs[job], train_split, test_split, indices)
-            done += 1
-        turns.rotate(1)  # so that nobody always has the same place in a round
-    on_progress("done", done, total)
-    trained = time.perf_counter()
-
-    per_chunk = settings.steps_per_checkpoint
-    windows = np.array_split(np.arange(settings.steps), min(NUM_WINDOWS, settings.steps))
-    notes = {job: _notes(one, runs[train.PLAIN], windows) for job, one in runs.items()}
+    jobs = {name: (dataset.tasks, name) for name in (EQUAL_WEIGHTS, train.TUNED, *strategies)}
+    if not dataset.judged:
+        singles = {single(task.name): ((task,), EQUAL_WEIGHTS) for task in dataset.tasks}
+        jobs = singles | jobs
+    # What the numbers depend on; the rest of `versions()` may differ.
+    facts = {"dataset": dataset.name, "settings": dataclasses.asdict(settings)}
+    facts |= {"versions": {name: versions()[name] for name in ("mtl-optax", "jax", "optax")}}
+    trainer = _Trainer(dataset, settings, on_progress, len(jobs))
+    notes: dict[str, Notes] = {}
+    for job, (tasks, name) in jobs.items():
+        path = folder / f"{job.replace(' ', '_').replace(':', '')}.npz"
+        known = _load(path, facts)
+        if known is None:
+            known = trainer.notes(job, tasks, name)
+            _save(path, known, facts)
+        else:
+            trainer.skip(job)
+        notes[job] = known
+    on_progress("done", trainer.total, trainer.total)
     return {
-        "dataset": _describe(dataset),
+        **selection.choose(dataset, strategies, notes),
         "settings": dataclasses.asdict(settings),
         "versions": versions(),
-        "seconds": {"compile": compiled - started, "train": trained - compiled},
-        "checkpoint_steps": [per_chunk * (i + 1) for i in range(len(chunks))],
-        "window_steps": [float(window.mean()) + 1 for window in windows],
-        "equal_weights": EQUAL_WEIGHTS,
-        "plain": notes[train.PLAIN],
-        "single_task": {task.name: notes[_single(task.name)] for task in dataset.tasks},
-        "strategies": {
-            name: {
-                "kind": catalog.STRATEGIES[name].kind,
-                "needs": catalog.STRATEGIES[name].needs,
-                "summary": catalog.STRATEGIES[name].summary,
-                "paper": catalog.STRATEGIES[name].paper,
-                **notes[name],
-            }
-            for name in strategies
-        },
+        "checkpoint_steps": [
+            settings.steps_per_checkpoint * (i + 1) for i in range(settings.checkpoints)
+        ],
+        "window_steps": [float(window.mean()) + 1 for window in _windows(settings)],
     }
+
+
+class _Trainer:
+    """Trains one job after the other, and times each against the plain step beside it."""
+
+    def __init__(self, dataset: Dataset, settings: Settings, on_progress: Progress, num_jobs: int):
+        self._dataset, self._settings, self._on_progress = dataset, settings, on_progress
+        order = batch_order(settings, len(jax.tree.leaves(dataset.train)[0]))
+        self._chunks = [jax.numpy.asarray(c) for c in np.split(order, settings.checkpoints, axis=1)]
+        self._splits = jax.device_put((dataset.train, dataset.validation, dataset.test))
+        self._problems: dict[tuple[Task, ...], Problem] = {}
+        self._done, self.total = 0, num_jobs * (1 + settings.checkpoints)
+
+    def skip(self, job: str) -> None:
+        """Counts a job that needs no training."""
+        self._report(f"found {job}", 1 + self._settings.checkpoints)
+
+    def notes(self, job: str, tasks: tuple[Task, ...], name: str) -> Notes:
+        """The notes of a whole training."""
+        settings = self._settings
+        self._report(f"compiling {job}")
+        problem = self._problem(tasks)
+        train_split, validation, test = map(problem.select, self._splits)
+        probe = jax.tree.map(lambda array: array[:NUM_PROBED], train_split)
+        program = train.build(problem, name, settings, train_split)
+        plain, plain_seconds = self._plain, []  # always the same steps from its start
+        self._report(f"training {job}", 1)
+        state, seconds, over_time, looks = program.state, [], [], []
+        for i, indices in enumerate(self._chunks):
+            if i in (0, len(self._chunks) // 2):
+                plain_seconds.append(_turn(plain, plain.state, self._splits[0], indices)[0])
+            spent, state, record = _turn(program, state, train_split, indices)
+            seconds.append(spent)
+            over_time.append(record)
+            looks.append(
+                (
+                    problem.evaluate(state.params, validation),
+                    problem.evaluate(state.params, test),
+                    problem.cosines(state.params, probe),
+                )
+            )
+            self._report(f"training {job}", 1)
+        rates = train.configurations(name, settings, len(problem.names)).rate
+        models = len(rates) / len(settings.learning_rates)  # for each one of the plain step
+        losses, weights = (
+            np.concatenate(curves, axis=2) for curves in zip(*over_time, strict=True)
+        )
+        measured = [task.name for task in problem.measured]
+        validations, tests, cosines = (
+            np.stack(values, axis=2) for values in zip(*looks, strict=True)
+        )
+        return {
+            "rate": np.tile(rates, (settings.seeds, 1)),
+            "wall_ratio": np.array(np.median(seconds) / np.median(plain_seconds) / models),
+            "flops_ratio": np.array(program.flops_per_step / plain.flops_per_step),
+            **_by_name("train_loss", problem.names, _window_means(losses, settings)),
+            **_by_name("weights", problem.names, _window_means(weights, settings)),
+            **_by_name("validation", measured, validations),
+            **_by_name("test", measured, tests),
+            **_by_name("cosine", problem.pairs, cosines),
+        }
+
+    @functools.cached_property
+    def _plain(self) -> train.Program:
+        problem = self._problem(self._dataset.tasks)
+        return train.build(problem, train.PLAIN, self._settings, self._splits[0])
+
+    def _problem(self, tasks: tuple[Task, ...]) -> Problem:
+        """One problem for all strategies: what it compiles to measure a model is theirs too."""
+        if tasks not in self._problems:
+            self._problems[tasks] = Problem(self._dataset, tasks, self._settings)
+        return self._problems[tasks]
+
+    def _report(self, what: str, done: int = 0) -> None:
+        self._done += done
+        self._on_progress(what, self._done, self.total)
+
+
+def _turn(
+    program: train.Program, state: train.TrainState, split: Split, indices: jax.Array
+) -> tuple[float, train.TrainState, train.Record]:
+    """Trains for one chunk; the seconds it took, and what came of it."""
+    start = time.perf_counter()
+    state, record = jax.block_until_ready(program.advance(state, split, indices))
+    return time.perf_counter() - start, state, record
+
+
+def _by_name(title: str, names: Sequence[str], values: np.ndarray) -> Notes:
+    """Values ``(S, C, T, K)`` as one array a name; none where the last axis is empty."""
+    return {f"{title}/{name}": values[..., i] for i, name in enumerate(names[: values.shape[-1]])}
+
+
+def _window_means(curves: np.ndarray, settings: Settings) -> np.ndarray:
+    return np.stack([curves[:, :, w].mean(axis=2) for w in _windows(settings)], axis=2)
+
+
+def _windows(settings: Settings) -> list[np.ndarray]:
+    return np.array_split(np.arange(settings.steps), min(NUM_WINDOWS, settings.steps))
+
+
+def _save(path: Path, notes: Notes, facts: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, allow_pickle=False, facts=np.array(json.dumps(facts)), **notes)
+    part.replace(path)  # so that an interruption leaves no half file
+
+
+def _load(path: Path, facts: dict[str, Any]) -> Notes | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        notes = dict(file)
+    return notes if notes.pop("facts").item() == json.dumps(facts) else None
 
 
 def versions() -> dict[str, str]:
@@ -119,60 +206,5 @@ def versions() -> dict[str, str]:
 
 
 def num_cpus() -> int:
-    """The CPU cores that this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _single(task: str) -> str:
-    return f"single task: {task}"
-
-
-def _advance(one: _Run, train_split: Any, test_split: Any, indices: jax.Array) -> None:
-    start = time.perf_counter()
-    one.state, record = jax.block_until_ready(one.program.advance(one.state, train_split, indices))
-    one.seconds.append(time.perf_counter() - start)
-    one.records.append(record)
-    one.metrics.append(one.problem.evaluate(one.state.params, test_split))
-
-
-def _notes(one: _Run, plain: _Run, windows: list[np.ndarray]) -> dict[str, Any]:
-    """What is kept of a run: every ``(S, ...)`` array as one list a seed."""
-
-    def window_means(curves: list[dict[str, jax.Array]]) -> dict[str, Any]:
-        whole = {task: np.concatenate([c[task] for c in curves], axis=1) for task in curves[0]}
-        return {
-            task: _rounded(np.stack([curve[:, w].mean(axis=1) for w in windows], axis=1))
-            for task, curve in whole.items()
-        }
-
-    ratios = np.divide(one.seconds, plain.seconds)
-    return {
-        "test": {
-            task: _rounded(np.stack([m[task] for m in one.metrics], axis=1))
-            for task in one.metrics[0]
-        },
-        "train_loss": window_means([record.losses for record in one.records]),
-        "weights": window_means([record.weights for record in one.records]),
-        "seconds": _rounded(np.asarray(one.seconds)),
-        "wall_ratio": float(np.median(ratios)),
-        "flops_ratio": one.program.flops_per_step / plain.program.flops_per_step,
-    }
-
-
-def _rounded(array: np.ndarray) -> Any:
-    """Nested lists with six digits, the precision of float32, which keeps the file small."""
-    return [_rounded(row) for row in array] if array.ndim else float(f"{array:.6g}")
-
-
-def _describe(dataset: Dataset) -> dict[str, Any]:
-    kinds = {task.name: TASK_KINDS[task.kind] for task in dataset.tasks}
-    return {
-        "name": dataset.name,
-        "title": dataset.title,
-        "source": dataset.source,
-        "num_train": len(dataset.train.inputs),
-        "num_test": len(dataset.test.inputs),
-        "tasks": [task.name for task in dataset.tasks],
-        "metric": {task: kind.metric_name for task, kind in kinds.items()},
-        "higher_is_better": {task: kind.higher_is_better for task, kind in kinds.items()},
-    }

@@ -10,30 +10,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import summary
+from benchmarks import curves, summary
+from benchmarks.style import COLOURS, MARKERS, STYLE
 
-# Okabe and Ito's colours, told apart by all; lines also differ in style, points in shape.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES = ("-", "--", "-.", ":")
-MARKERS = "os^vDPX<>phd*8H"
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 160,
-}
+MAX_MARKED = 14  # strategies with their own marker; the others are grey dots
 
 
 def draw(results: dict[str, Any], out: Path) -> dict[str, Path]:
     """Writes every picture into `out`; returns their paths by what they show."""
-    pictures = {"accuracy": accuracy, "plane": plane, "weights": weights}
+    pictures = {
+        "metrics": metrics,
+        "ranks": ranks,
+        "plane": plane,
+        "losses": curves.losses,
+        "weights": curves.weights,
+        "cosines": curves.cosines,
+    }
     paths = {}
     with plt.rc_context(STYLE):
         for name, picture in pictures.items():
@@ -45,134 +37,213 @@ def draw(results: dict[str, Any], out: Path) -> dict[str, Path]:
     return paths
 
 
-def accuracy(results: dict[str, Any]) -> Figure:
-    """A panel a task: the test metric of every strategy with its standard error."""
-    reference, *strategies = summary.rows(results)
-    equal = next(r for r in strategies if r.name == results["equal_weights"])
-    tasks = results["dataset"]["tasks"]
+def metrics(results: dict[str, Any]) -> Figure:
+    """The test metric of every strategy: a panel a task, or a map where tasks are many."""
+    if len(results["dataset"]["measured"]) > summary.MAX_COLUMNS:
+        return _map_of_metrics(results)
+    lines, measured = summary.rows(results), results["dataset"]["measured"]
+    strategies = [r for r in lines if r.name != summary.SINGLE_TASK]
     figure, axes = plt.subplots(
         1,
-        len(tasks),
+        len(measured),
         sharey=True,
         squeeze=False,
-        figsize=(1.6 + 3.4 * len(tasks), 1.4 + 0.3 * len(strategies)),
+        figsize=(1.8 + 3.2 * max(len(measured), 1.5), 1.6 + 0.26 * len(strategies)),
     )
     heights = np.arange(len(strategies))[::-1]
-    for axis, task, colour in zip(axes[0], tasks, _cycle(COLOURS, len(tasks)), strict=True):
-        _reference_lines(axis.axvline, reference, equal, task)
-        estimates = [r.metrics[task] for r in strategies]
+    for i, (axis, task) in enumerate(zip(axes[0], measured, strict=True)):
+        _reference_lines(axis.axvline, results, lines, task)
+        scale = _scale(results, task)
         axis.errorbar(
-            [100 * e.mean for e in estimates],
+            [scale * r.metrics[task].mean for r in strategies],
             heights,
-            xerr=[100 * np.nan_to_num(e.error) for e in estimates],
+            xerr=[scale * np.nan_to_num(r.metrics[task].error) for r in strategies],
             fmt="o",
-            color=colour,
+            color=COLOURS[i],
             capsize=3,
         )
-        axis.set_title(f"task: {task}")
-        axis.set_xlabel(_metric_label(results, task))
+        ends = [
+            m.mean + s * np.nan_to_num(m.error)
+            for m in (r.metrics[task] for r in lines)
+            for s in (-1, 1)
+        ]
+        _limit(axis.set_xlim, scale * np.array(ends))
+        axis.set_title(task)
+        axis.set_xlabel(_label(results, task))
+        axis.set_ylim(-0.7, len(strategies) - 0.3)
     axes[0, 0].set_yticks(heights, [r.label for r in strategies])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
+
+
+def _map_of_metrics(results: dict[str, Any]) -> Figure:
+    lines, measured = summary.rows(results), results["dataset"]["measured"]
+    table = 100 * np.array([[r.metrics[t].mean for t in measured] for r in lines])
+    figure, axis = plt.subplots(figsize=(2.2 + 0.62 * len(measured), 1.8 + 0.26 * len(lines)))
+    low = max(0.0, np.nanmin(table))
+    shown = axis.imshow(np.clip(table, low, 100), aspect="auto", cmap="cividis", vmin=low, vmax=100)
+    for (i, j), value in np.ndenumerate(table):
+        text = f"{value:.0f}" if value > -1000 else "≪ 0"
+        axis.text(
+            j, i, text, ha="center", va="center", fontsize=8,
+            color="white" if value < (low + 100) / 2 else "black",
+        )  # fmt: skip
+    axis.set_xticks(range(len(measured)), measured, rotation=45, ha="right")
+    axis.set_yticks(range(len(lines)), [r.label for r in lines])
+    axis.grid(visible=False)
+    name = results["dataset"]["metric"][measured[0]]
+    figure.colorbar(shown, label=f"test {name} (%), mean of the seeds", shrink=0.6)
+    axis.set_xlabel("task")
+    return figure
+
+
+def ranks(results: dict[str, Any]) -> Figure | None:
+    """Mean ranks over tasks and seeds, and how far apart chance alone would put them."""
+    ranked = [(r, r.rank) for r in summary.rows(results) if r.rank]
+    if len(ranked) < 3:
+        return None
+    ranked.sort(key=lambda pair: pair[1].mean)
+    seeds, tasks = results["settings"]["seeds"], len(results["dataset"]["measured"])
+    figure, axis = plt.subplots(figsize=(7.2, 1.4 + 0.26 * len(ranked)))
+    distance = critical_difference(len(ranked), seeds * tasks)
+    best = ranked[0][1].mean
+    axis.axvspan(
+        best, best + distance, color="#dddddd", lw=0,
+        label=f"within {distance:.1f} of the best: not told apart (Nemenyi, 5 %)",
+    )  # fmt: skip
+    for kind, colour in (("balancer", "#0072B2"), ("aggregator", "white"), ("baseline", "black")):
+        chosen = [(i, rank) for i, (r, rank) in enumerate(ranked) if _kind(results, r) == kind]
+        axis.errorbar(
+            [rank.mean for _, rank in chosen],
+            [i for i, _ in chosen],
+            xerr=[np.nan_to_num(rank.error) for _, rank in chosen],
+            fmt="o",
+            color="#0072B2" if kind != "baseline" else "black",
+            markerfacecolor=colour,
+            markersize=7,
+            capsize=3,
+            label=kind,
+        )
+    axis.set_yticks(range(len(ranked)), [r.label for r, _ in ranked])
+    axis.set_ylim(len(ranked) - 0.3, -0.7)
+    axis.set_xlabel(f"mean rank over {tasks} metric(s), mean ± s.e. of {seeds} seeds; 1 is best")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def critical_difference(num_methods: int, num_blocks: int) -> float:
+    """Nemenyi's critical difference of mean ranks at 5 %, its quantile by simulation."""
+    draws = np.random.default_rng(0).normal(size=(20_000, num_methods))
+    quantile = np.quantile(np.ptp(draws, axis=1), 0.95) / np.sqrt(2)
+    return float(quantile * np.sqrt(num_methods * (num_methods + 1) / (6 * num_blocks)))
 
 
 def plane(results: dict[str, Any]) -> Figure | None:
-    """The first two tasks against each other: up and to the right is better on both."""
-    if len(results["dataset"]["tasks"]) < 2:
+    """The first two metrics against each other, and where random static weights lead."""
+    dataset, lines = results["dataset"], summary.rows(results)
+    if not 2 <= len(dataset["measured"]) <= 3:
         return None
-    x_task, y_task = results["dataset"]["tasks"][:2]
-    reference, *strategies = summary.rows(results)
-    equal = next(r for r in strategies if r.name == results["equal_weights"])
-    figure, axis = plt.subplots(figsize=(8.2, 5.2))
-    _reference_lines(axis.axvline, reference, equal, x_task)
-    _reference_lines(axis.axhline, reference, equal, y_task, labelled=False)
-    for i, row in enumerate(strategies):
-        x, y = row.metrics[x_task], row.metrics[y_task]
-        colour = COLOURS[i % len(COLOURS)]
+    x_task, y_task = dataset["measured"][:2]
+    references = (results["equal_weights"], results["tuned_weights"])
+    strategies = [r for r in lines if r.name != summary.SINGLE_TASK]
+    marked = [r for r in strategies if r.name in references]
+    marked += [r for r in strategies if r.name not in references][: MAX_MARKED - len(marked)]
+    figure, axis = plt.subplots(figsize=(8.6, 5.4))
+    _reference_lines(axis.axvline, results, lines, x_task)
+    _reference_lines(axis.axhline, results, lines, y_task, labelled=False)
+    x_scale, y_scale = (_scale(results, task) for task in (x_task, y_task))
+
+    def points(rows: list[summary.Row], **style: Any) -> None:
         axis.errorbar(
-            100 * x.mean,
-            100 * y.mean,
-            xerr=100 * np.nan_to_num(x.error),
-            yerr=100 * np.nan_to_num(y.error),
-            fmt=MARKERS[i % len(MARKERS)],
-            color=colour,
-            ecolor="#999999",
+            [x_scale * r.metrics[x_task].mean for r in rows],
+            [y_scale * r.metrics[y_task].mean for r in rows],
+            xerr=[x_scale * np.nan_to_num(r.metrics[x_task].error) for r in rows],
+            yerr=[y_scale * np.nan_to_num(r.metrics[y_task].error) for r in rows],
+            ecolor="#aaaaaa",
             elinewidth=0.8,
+            linestyle="none",
+            **style,
+        )
+
+    candidates = [np.array(results["candidates"][t]) for t in (x_task, y_task)]
+    axis.plot(
+        x_scale * candidates[0], y_scale * candidates[1], "+", color="#777777",
+        label="random weights × rates", zorder=1,
+    )  # fmt: skip
+    others = [r for r in strategies if r not in marked]
+    if others:
+        points(others, marker=".", color="#999999", label="other strategies")
+    for i, row in enumerate(marked):
+        colour = "black" if row.name in references else COLOURS[i % (len(COLOURS) - 1)]
+        hollow = row.kind == "aggregator" and row.name not in references
+        points(
+            [row],
+            marker=MARKERS[i % len(MARKERS)],
+            color=colour,
             markersize=8,
-            markerfacecolor=colour if row.kind == "balancer" else "white",
+            markerfacecolor="white" if hollow else colour,
             markeredgewidth=1.5,
             label=row.label,
         )
-    axis.set_xlabel(f"{x_task}: {_metric_label(results, x_task)}")
-    axis.set_ylabel(f"{y_task}: {_metric_label(results, y_task)}")
+    for set_limits, scale, task, some in (
+        (axis.set_xlim, x_scale, x_task, candidates[0]),
+        (axis.set_ylim, y_scale, y_task, candidates[1]),
+    ):
+        means = [r.metrics[task].mean for r in lines]
+        _limit(set_limits, scale * np.array([*means, *some]))
+    axis.set_xlabel(f"{x_task}: {_label(results, x_task)}")
+    axis.set_ylabel(f"{y_task}: {_label(results, y_task)}")
     figure.legend(
-        loc="outside right center", title="best Δm first;\nfilled: balancer, hollow: aggregator"
+        loc="outside right center", title="baselines, then best Δm first;\nhollow: aggregator"
     )
     return figure
 
 
-def weights(results: dict[str, Any]) -> Figure | None:
-    """A panel a strategy: each task's share of the weights during training."""
-    tasks = results["dataset"]["tasks"]
-    shown = [r for r in summary.rows(results)[1:] if results["strategies"][r.name]["weights"]]
-    if not shown:
-        return None
-    columns = min(4, len(shown))
-    lines = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        lines,
-        columns,
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        figsize=(0.8 + 2.4 * columns, 1.1 + 1.9 * lines),
-    )
-    steps = results["window_steps"]
-    for axis, row in zip(axes.flat, shown, strict=False):
-        recorded = results["strategies"][row.name]["weights"]
-        curves = np.stack([np.asarray(recorded[task]) for task in tasks])  # (K, S, windows)
-        shares = curves / curves.sum(axis=0)
-        for i, (task, share) in enumerate(zip(tasks, shares, strict=True)):
-            colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
-            axis.fill_between(
-                steps, share.min(axis=0), share.max(axis=0), color=colour, alpha=0.2, lw=0
-            )
-            axis.plot(steps, share.mean(axis=0), line, color=colour, label=task)
-        axis.set_title(row.label)
-        axis.set_ylim(0, 1)
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
-    for axis in axes.flat[len(shown) - columns : len(shown)]:
-        axis.tick_params(labelbottom=True)  # the last panel of its column
-    figure.supxlabel("training step", fontsize=10)
-    figure.supylabel("share of the weights, Σ = 1", fontsize=10)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=len(tasks),
-        title="task (line: mean of the seeds; band: all of them)",
-    )
-    return figure
+def _kind(results: dict[str, Any], row: summary.Row) -> str:
+    return "baseline" if row.name == results["equal_weights"] else row.kind
 
 
 def _reference_lines(
-    draw_line: Any, reference: summary.Row, equal: summary.Row, task: str, *, labelled: bool = True
+    draw_line: Any,
+    results: dict[str, Any],
+    lines: list[summary.Row],
+    task: str,
+    *,
+    labelled: bool = True,
 ) -> None:
-    for row, style, label in ((reference, "--", "single task"), (equal, ":", "equal weights")):
-        draw_line(
-            100 * row.metrics[task].mean,
-            color="black",
-            linestyle=style,
-            linewidth=1.2,
-            label=label if labelled else None,
-        )
+    names = {
+        summary.SINGLE_TASK: ("single task", "--"),
+        results["equal_weights"]: ("equal weights", ":"),
+        results["tuned_weights"]: ("tuned static weights", "-."),
+    }
+    for row in lines:
+        if row.name in names:
+            label, style = names[row.name]
+            draw_line(
+                _scale(results, task) * row.metrics[task].mean,
+                color="black",
+                linestyle=style,
+                linewidth=1.1,
+                label=label if labelled else None,
+            )
 
 
-def _metric_label(results: dict[str, Any], task: str) -> str:
-    seeds = results["settings"]["seeds"]
-    error = f", mean ± s.e. of {seeds} seeds" if seeds > 1 else ""
-    return f"test {results['dataset']['metric'][task]} (%){error}"
+def _limit(set_limits: Any, values: np.ndarray) -> None:
+    """Keeps a strategy that failed from squeezing all others into a corner."""
+    low, high = np.nanpercentile(values, [15, 85])
+    reach = 4 * (high - low)
+    shown = values[(values >= low - reach) & (values <= high + reach)]
+    edge = 0.1 * np.ptp(shown)
+    if edge > 0:
+        set_limits(shown.min() - edge, shown.max() + edge)
 
 
-def _cycle(values: tuple[str, ...], count: int) -> list[str]:
-    return [values[i % len(values)] for i in range(count)]
+def _scale(results: dict[str, Any], task: str) -> float:
+    return 100.0 if results["dataset"]["percent"][task] else 1.0
+
+
+def _label(results: dict[str, Any], task: str) -> str:
+    dataset, seeds = results["dataset"], results["settings"]["seeds"]
+    unit = " (%)" if dataset["percent"][task] else ""
+    better = "higher" if dataset["higher_is_better"][task] else "lower"
+    return f"test {dataset['metric'][task]}{unit}, {better} is better\nmean ± s.e. of {seeds} seeds"

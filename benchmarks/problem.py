@@ -1,6 +1,7 @@
 """What is to be learnt: tasks, their losses and metrics, the model and the order of the data."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import mtl_optax as mtl
 from benchmarks.data import TASK_KINDS, Dataset, Split, Task
 from mtl_optax import models
 
@@ -21,15 +23,17 @@ class Settings:
     steps: int
     checkpoints: int
     batch_size: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]  # the grid from which each strategy gets its own
     hidden: tuple[int, ...]
+    candidates: int  # random static weights, of which the best are the tuned baseline
 
     def __post_init__(self):
-        for field in ("seeds", "steps", "checkpoints", "batch_size"):
+        for field in ("seeds", "steps", "checkpoints", "batch_size", "candidates"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
-        if not self.hidden:
-            raise ValueError("hidden is empty, expected the width of at least one shared layer")
+        for field, what in (("hidden", "width"), ("learning_rates", "learning rate")):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is empty, expected at least one {what}")
         if self.steps % self.checkpoints:
             raise ValueError(
                 f"steps is {self.steps}, expected a multiple of checkpoints ({self.checkpoints}): "
@@ -38,7 +42,7 @@ class Settings:
 
     @property
     def steps_per_checkpoint(self) -> int:
-        """Training steps between two looks at the test set."""
+        """Training steps between two looks at the validation and test sets."""
         return self.steps // self.checkpoints
 
 
@@ -48,6 +52,8 @@ class Problem:
     Attributes:
       names: the task names in the order of their losses.
       kinds: the kind of each task, a name in `TASK_KINDS`.
+      measured: the tasks that have a metric.
+      pairs: names of all pairs of tasks.
       params: the initial parameters, with a leading seed axis. The trunk of a seed starts the same
         whatever the tasks are.
     """
@@ -55,37 +61,64 @@ class Problem:
     def __init__(self, dataset: Dataset, tasks: Sequence[Task], settings: Settings):
         self.names = tuple(sorted(task.name for task in tasks))
         self.kinds = {task.name: task.kind for task in tasks}
-        sizes = (dataset.train.inputs.shape[-1], *settings.hidden)
-        heads = {task.name: task.num_outputs for task in tasks}
+        self.measured = dataset.judged or tuple(tasks)
+        self.pairs = tuple(f"{a}-{b}" for a, b in itertools.combinations(self.names, 2))
+        self._predict = dataset.predict
+        heads = dataset.heads or {task.name: task.num_outputs for task in tasks}
 
         def create(seed: jax.Array | int) -> models.HardSharing:
-            return models.HardSharing(sizes, heads, rngs=nnx.Rngs(jax.random.key(seed)))
+            rngs = nnx.Rngs(jax.random.key(seed))
+            encoder = dataset.encoder(dataset.train, settings.hidden, rngs)
+            return models.HardSharing(encoder, heads, rngs=rngs)
 
         self._graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(0)))
         # Not under jit: random draws compile slowly, and problems share them shape by shape.
         self.params = jax.vmap(lambda seed: nnx.state(create(seed)))(jnp.arange(settings.seeds))
-        self.evaluate = jax.jit(jax.vmap(self._evaluate, in_axes=(0, None)))
+        # Both take parameters with an axis of seeds and one of configurations.
+        self.evaluate = _over_models(self._evaluate)
+        self.cosines = _over_models(self._cosines)
 
     def losses(
         self, params: Any, batch: Split
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """The task losses of a batch and, not differentiated, the metrics as KPIs."""
+        """The task losses of a batch and, not differentiated, how well each task does in [0, 1]."""
         outputs = self._outputs(params, batch)
-        losses = {
-            t: TASK_KINDS[self.kinds[t]].loss(outputs[t], batch.labels[t]) for t in self.names
-        }
-        return losses, jax.lax.stop_gradient(self._metrics(outputs, batch))
+
+        def each(measure: str) -> dict[str, jax.Array]:
+            kinds = {t: getattr(TASK_KINDS[self.kinds[t]], measure) for t in self.names}
+            return {t: kinds[t](outputs[t], batch.labels[t]) for t in self.names}
+
+        return each("loss"), jax.lax.stop_gradient(each("kpi"))
 
     def _outputs(self, params: Any, batch: Split) -> dict[str, jax.Array]:
-        return nnx.merge(self._graphdef, params)(batch.inputs)
+        return self._predict(nnx.merge(self._graphdef, params), batch.inputs)
 
-    def _metrics(self, outputs: dict[str, jax.Array], batch: Split) -> dict[str, jax.Array]:
-        return {
-            t: TASK_KINDS[self.kinds[t]].metric(outputs[t], batch.labels[t]) for t in self.names
-        }
+    def select(self, split: Split) -> Split:
+        """The split with no other labels than this problem's."""
+        mine = {*self.names, *(task.name for task in self.measured)}
+        return split._replace(labels={t: y for t, y in split.labels.items() if t in mine})
 
-    def _evaluate(self, params: Any, split: Split) -> dict[str, jax.Array]:
-        return self._metrics(self._outputs(params, split), split)
+    def _evaluate(self, params: Any, split: Split) -> jax.Array:
+        """The metrics of `measured`, in its order."""
+        outputs = self._outputs(params, split)
+        return jnp.stack(
+            [
+                TASK_KINDS[t.kind].metric(outputs[t.name], split.labels[t.name])
+                for t in self.measured
+            ]
+        )
+
+    def _cosines(self, params: Any, batch: Split) -> jax.Array:
+        """The cosines of the gradients of `pairs`, in its order."""
+        _, jac = mtl.value_and_jac(self.losses, has_aux=True)(params, batch)
+        monitor = mtl.monitor_tasks(len(self.names))
+        _, state = monitor.update(jac, monitor.init(params))  # pyright: ignore[reportArgumentType]
+        summary = mtl.summarize(state, self.names)
+        return jnp.array([summary[f"cosine/{pair}"] for pair in self.pairs])
+
+
+def _over_models(function: Any) -> Any:
+    return jax.jit(jax.vmap(jax.vmap(function, in_axes=(0, None)), in_axes=(0, None)))
 
 
 def last_shared_layer(params: nnx.State) -> nnx.State:

@@ -8,12 +8,17 @@ from typing import Any
 from benchmarks import summary
 
 CAPTIONS = {
-    "accuracy": "Test metric of each task after the last step; bars are one standard error.",
-    "plane": "The first two tasks against each other; up and to the right is better on both. "
-    "Bars are one standard error.",
+    "metrics": "Test metric of each task after the last step, best Δm first.",
+    "ranks": "Mean rank of each strategy. The grey band is Nemenyi's critical difference from the "
+    "best, with each task of each seed as a block; seeds share their data, so it is too narrow "
+    "rather than too wide.",
+    "plane": "The first two metrics against each other. Bars are one standard error. Grey crosses "
+    "are single runs of the grid of random static weights: what fixed weights alone can reach.",
+    "losses": "Training loss of each task, for the baselines and the best strategies.",
     "weights": "Each task's share of the weights during training, for the strategies that keep "
-    "weights. Strategies that are missing here combine gradients without any, or have none that "
-    "change.",
+    "weights, baselines first, then the best. Others combine gradients without any.",
+    "cosines": "Cosines of the tasks' gradients on the same training examples at every checkpoint; "
+    "below 0 the tasks conflict. Baselines first, then the best strategies.",
 }
 
 STYLE = """
@@ -50,40 +55,40 @@ def write(results: dict[str, Any], pictures: dict[str, Path], path: Path) -> Non
 <title>{html.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
-<p>{html.escape(dataset["source"])}; {dataset["num_train"]:,} training and {dataset["num_test"]:,}
-test images. One trunk of dense layers {_sizes(settings["hidden"])} for all tasks and a linear head
-for each, trained for {settings["steps"]:,} steps of {settings["batch_size"]} examples with Adam
-(learning rate {settings["learning_rate"]:g}, falling to 0 along a cosine), with
+<p>{html.escape(dataset["source"])}; {dataset["num_train"]:,} training,
+{dataset["num_validation"]:,} validation and {dataset["num_test"]:,} test examples. One trunk of
+dense layers {_sizes(settings["hidden"])} for all tasks and a linear head for each, trained for
+{settings["steps"]:,} steps of {settings["batch_size"]} examples with Adam, with
 {settings["seeds"]} seeds.</p>
 <p class="conclusion">{html.escape(summary.conclusion(results))}</p>
 <h2>Results</h2>
 <div class="scroll">{_table(results)}</div>
 <h2>How to read it</h2>
 <ul>
-<li><strong>Δm</strong> is the mean relative change of the tasks' metrics against single-task models
-of the same size, seed by seed, in percent: 100/K Σ (M<sub>k</sub> − B<sub>k</sub>)/B<sub>k</sub>
-(Maninis et al., 2019). Positive is better than training each task alone, with K times the
-parameters.</li>
-<li><strong>Δm vs equal weights</strong> is a strategy's Δm minus that of equal weights, seed by
-seed. It says <em>better</em> or <em>worse</em> where the mean is more than two standard errors from
-0.</li>
+<li><strong>Δm</strong> is the mean relative change of the metrics against {_baseline(results)},
+seed by seed, in percent: 100/K Σ ±(M<sub>k</sub> − B<sub>k</sub>)/|B<sub>k</sub>| (Maninis et al.,
+2019). Positive is better.</li>
+<li><strong>Δm vs equal</strong> and <strong>vs tuned</strong> are a strategy's Δm minus that of
+equal weights and of tuned static weights, seed by seed. An arrow says that
+the mean is more than two standard errors from 0, ↑ better or ↓ worse.</li>
+<li><strong>Tuned weights</strong> never change: the best on the validation set of
+{settings["candidates"]} random points of the simplex (Kurin et al., 2022; Xin et al., 2022).</li>
+<li><strong>Learning rate</strong>: every line got its own from {_rates(settings)}, the one with the
+best Δm on the validation set; it falls to 0 along a cosine. Otherwise every strategy has its
+default options, but for what it must be told: DWA the length of an epoch, GradNorm to measure
+gradients at the last shared layer, uncertainty the kind of each loss, and <code>weights</code>,
+fixed by the user, to count {html.escape(dataset["tasks"][0])} three times as much as any other
+task. Strategies that need several batches get the halves of one. The metric is that of the last
+step.</li>
 <li><strong>±</strong> is one standard error of the mean over seeds. A seed sets the initial weights
-and the order of the data, the same for all strategies; it does not change the test images, so the
-error does not cover the choice of test set.</li>
+and the order of the data, the same for all strategies; it does not change the test examples, so
+the error does not cover the choice of test set.</li>
+<li><strong>Mean rank</strong> is that among all strategies, over tasks.
+<strong>Hypervolume</strong> is the area between a run's two metrics and the worst of all runs.</li>
 <li><strong>flops and time</strong> are those of a training step relative to the plain step,
 <code>jax.grad</code> of the summed losses with the same optimizer: flops as the compiler counts
-them (a loop inside a strategy's solver counts as one turn), time as the median of
-{len(results["checkpoint_steps"])} rounds in which all strategies took turns. Time depends on the
-machine.</li>
-<li>Adam divides out a constant scale, so one learning rate is fair to strategies that return a
-sum, a mean or a unit vector. It follows a changing scale with a lag: where the sum of the weights
-grows in training (uncertainty) its steps are a little longer, where it shrinks (DTP, whose weights
-fall as accuracy rises) they are shorter, and part of a difference may come from that.</li>
-<li>The default learning rate was chosen for equal weights and single-task models. Every strategy
-has its default options, but for what it must be told: DWA the length of an epoch, GradNorm to
-measure gradients at the last shared layer, uncertainty the kind of each loss, and
-<code>weights</code>, fixed by the user, to count {html.escape(sorted(dataset["tasks"])[0])} three
-times as much as any other task. The metric is that of the last step.</li>
+them (a loop inside a strategy's solver counts as one turn), time as a ratio of medians, with the
+plain step run in between. Time depends on the machine.</li>
 </ul>
 <h2>Pictures</h2>
 {figures}
@@ -101,9 +106,10 @@ def _table(results: dict[str, Any]) -> str:
     head = "".join(
         f'<th scope="col">{html.escape(cell).replace(chr(10), "<br>")}</th>' for cell in header
     )
+    references = (summary.SINGLE_TASK, results["equal_weights"], results["tuned_weights"])
     lines = []
     for row, (first, *rest) in zip(summary.rows(results), body, strict=True):
-        kind = "reference" if row.name in (summary.SINGLE_TASK, results["equal_weights"]) else ""
+        kind = "reference" if row.name in references else ""
         numbers = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
         lines.append(f'<tr class="{kind}"><th scope="row">{html.escape(first)}</th>{numbers}</tr>')
     return (
@@ -122,15 +128,20 @@ def _figure(name: str, picture: Path) -> str:
 
 
 def _versions(results: dict[str, Any]) -> str:
-    seconds = results["seconds"]
-    lines = {
-        **results["versions"],
-        "time": f"{seconds['compile']:.0f} s compiling, {seconds['train']:.0f} s training",
-    }
     return "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in lines.items()
+        for name, value in results["versions"].items()
     )
+
+
+def _baseline(results: dict[str, Any]) -> str:
+    if not results["single_task"]:
+        return "equal weights"
+    return "single-task models of the same size (which have K times the parameters)"
+
+
+def _rates(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{rate:g}" for rate in settings["learning_rates"])
 
 
 def _sizes(hidden: list[int]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.data import DATASETS, TASK_KINDS, base, digits, kinds, pinn
 from benchmarks.data.movielens import esmm
 from benchmarks.data.qm9 import molecule_features
+from benchmarks.problem import Problem, Settings
 
 
 @pytest.fixture
@@ -82,6 +83,17 @@ def test_movielens_click_like_and_rating(stand_in):
             assert np.isnan(stars_here) if not clicked else stars_here == stars[pair] - 3.5
         pairs += [pair for pair in here if pair in stars]
     assert len(set(pairs)) == len(pairs) == 30  # each click in one split
+
+    settings = Settings(1, 1, 1, 8, learning_rates=(0.1,), hidden=(4,), candidates=1)
+    problem = Problem(dataset, dataset.tasks, settings)
+    params = jax.tree.map(lambda leaf: leaf[0], problem.params)
+    batch = jax.tree.map(lambda array: array[:64], dataset.train)
+    jac = jax.jacrev(lambda params: problem.losses(params, batch)[0])(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jac))
+    touches_click = {
+        task: np.any(row["heads"]["click"]["kernel"][...]) for task, row in jac.items()
+    }
+    assert touches_click == {"click": True, "like": True, "rating": False}
 
 
 def test_like_goes_through_click():

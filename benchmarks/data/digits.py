@@ -16,7 +16,7 @@ FASHION_SHA256 = {
     "t10k-images-idx3": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
     "t10k-labels-idx1": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
-RECIPE = Recipe(steps=600, batch_size=128, hidden=(128, 128), learning_rates=(1e-3, 3e-3, 1e-2))
+RECIPE = Recipe(steps=400, batch_size=128, hidden=(128, 128), learning_rates=(3e-3, 1e-2, 3e-2))
 Pictures = tuple[np.ndarray, np.ndarray]  # (N, 28, 28) uint8 and their classes (N,)
 
 

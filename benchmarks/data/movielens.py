@@ -101,7 +101,7 @@ def movielens(*, sizes: tuple[int, int, int] = (92_000, 4_000, 4_000)) -> Datase
         validation=validation,
         test=test,
         recipe=Recipe(
-            steps=500, batch_size=512, hidden=(64, 32), learning_rates=(1e-3, 3e-3, 1e-2)
+            steps=300, batch_size=512, hidden=(64, 32), learning_rates=(1e-3, 3e-3, 1e-2)
         ),
         encoder=EmbeddingEncoder,
         predict=esmm,
