@@ -6,6 +6,7 @@ from mtl_optax import (
     losses as losses,
     metrics as metrics,
     models as models,
+    plots as plots,
     solvers as solvers,
 )
 from mtl_optax._observe import observe_losses as observe_losses

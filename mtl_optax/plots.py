@@ -1,0 +1,210 @@
+"""Pictures of a training: weights, gradient norms, cosines, and the plane of two tasks.
+
+They draw what `mtl.summarize` returned at each step, stacked: a dict of ``(T,)`` arrays, as
+`jax.lax.scan` gives it back, or `jax.tree.map(lambda *x: jnp.stack(x), *log)` makes of a list.
+They read in grey as in colour. Matplotlib, the extra "plots", is imported when a picture is drawn.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+History = Mapping[str, ArrayLike]
+
+__all__ = ["cosines", "gradient_norms", "pareto_plane", "weights"]
+
+# Okabe and Ito's colours are told apart by all; in grey the line styles and markers do it.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS = "osD^vP<X>"
+
+
+def weights(history: History, *, field: str = "weights", ax: "Axes | None" = None) -> "Axes":
+    """Draws the weight of each task over the steps.
+
+    Args:
+      history: `"weights/<task>"` to a `(T,)` array, among whatever else was recorded.
+      field: which numbers; `"weights.2"` are those of a second link that keeps weights.
+      ax: the Matplotlib axes to draw on; new ones by default.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: if Matplotlib is not installed.
+      ValueError: if `history` holds nothing of that field, or not one number a step.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> history = {"weights/buy": [1.0, 1.2, 1.4], "weights/click": [1.0, 0.8, 0.6]}
+      >>> ax = mtl.plots.weights(history)
+      >>> ax.get_ylabel()
+      'weight'
+    """
+    return _lines(_series(history, field), "weight", ax)
+
+
+def gradient_norms(history: History, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the norm of each task's gradient over the steps, on a logarithmic axis.
+
+    Args:
+      history: `"norm/<task>"` to a `(T,)` array, as `mtl.monitor_tasks` records it.
+      ax: as in `weights`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: as in `weights`.
+      ValueError: as in `weights`.
+    """
+    ax = _lines(_series(history, "norm"), "gradient norm", ax)
+    ax.set_yscale("log")
+    return ax
+
+
+def cosines(history: History, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the cosine of each pair of gradients as a heat map: a row a pair, a column a step.
+
+    The lightness rises from -1 to 1, so that dark is conflict in grey too.
+
+    Args:
+      history: `"cosine/<task>-<task>"` to a `(T,)` array, as `mtl.monitor_tasks` records it.
+      ax: as in `weights`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: as in `weights`.
+      ValueError: as in `weights`.
+    """
+    series = _series(history, "cosine")
+    ax = _axes(ax)
+    image = ax.imshow(
+        np.stack(list(series.values())),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="cividis",
+        vmin=-1,
+        vmax=1,
+    )
+    ax.set_xlabel("step")
+    ax.set_yticks(range(len(series)), list(series))
+    ax.figure.colorbar(image, ax=ax, label="cosine (dark: conflict)")
+    return ax
+
+
+def pareto_plane(
+    runs: Mapping[str, History],
+    tasks: tuple[str, str],
+    *,
+    higher_is_better: bool = False,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws where each run ends in the plane of two tasks, and the path that led there.
+
+    The ends that no other run beats in both tasks are filled, the others hollow.
+
+    Args:
+      runs: the label of a run to its losses or metrics, each a `(T,)` array or a number.
+      tasks: the tasks on the two axes, by their names in every run.
+      higher_is_better: whether both are metrics, of which more is better; losses by default.
+      ax: as in `weights`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: as in `weights`.
+      ValueError: if there is no run, or one lacks a task.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> runs = {"sum": {"click": [0.9, 0.3], "buy": [0.9, 0.7]},
+      ...         "mgda": {"click": [0.9, 0.4], "buy": [0.9, 0.5]}}
+      >>> ax = mtl.plots.pareto_plane(runs, ("click", "buy"))
+      >>> [text.get_text() for text in ax.get_legend().get_texts()]
+      ['sum', 'mgda']
+    """
+    if not runs:
+        raise ValueError("got no runs, expected at least one: {label: {task: losses}}")
+    paths = {}
+    for label, run in runs.items():
+        missing = [task for task in tasks if task not in run]
+        if missing:
+            raise ValueError(f"run {label!r} has {list(run)}, expected the tasks {missing} too")
+        paths[label] = np.stack([np.atleast_1d(np.asarray(run[task])) for task in tasks])
+    ends = np.stack([path[:, -1] for path in paths.values()]) * (-1 if higher_is_better else 1)
+    ax = _axes(ax)
+    for i, (label, path) in enumerate(paths.items()):
+        beaten = np.any(np.all(ends <= ends[i], axis=1) & np.any(ends < ends[i], axis=1))
+        ax.plot(
+            path[0],
+            path[1],
+            **_look(i),
+            marker=_MARKERS[i % len(_MARKERS)],
+            markevery=[-1],
+            markersize=9,
+            markeredgewidth=1.5,
+            markerfacecolor="white" if beaten else _look(i)["color"],
+            label=label,
+        )
+    ax.set_xlabel(tasks[0])
+    ax.set_ylabel(tasks[1])
+    ax.grid(alpha=0.3)
+    ax.legend(title="filled: on the front")
+    return ax
+
+
+def _lines(series: dict[str, np.ndarray], label: str, ax: "Axes | None") -> "Axes":
+    ax = _axes(ax)
+    for i, (task, values) in enumerate(series.items()):
+        ax.plot(values, **_look(i), label=task)
+    ax.set_xlabel("step")
+    ax.set_ylabel(label)
+    ax.grid(alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def _series(history: History, field: str) -> dict[str, np.ndarray]:
+    prefix = f"{field}/"
+    found = {
+        name.removeprefix(prefix): np.asarray(values)
+        for name, values in history.items()
+        if name.startswith(prefix)
+    }
+    if not found:
+        raise ValueError(
+            f"got {list(history)}, expected {prefix}<task>: record what mtl.summarize(opt_state, "
+            "jac.names) returns at each step, with mtl.monitor_tasks(num_tasks) in the chain for "
+            "cosines and norms"
+        )
+    shapes = {name: values.shape for name, values in found.items()}
+    if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{field} has the shapes {shapes}, expected (T,) for each, one number a step: stack "
+            "the records of a run along the steps, and choose one seed"
+        )
+    return found
+
+
+def _look(i: int) -> dict[str, Any]:
+    return {"color": _COLOURS[i % len(_COLOURS)], "linestyle": _LINES[i % len(_LINES)]}
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "mtl_optax.plots draws with Matplotlib, which is not installed: "
+            "pip install 'mtl-optax[plots]'"
+        ) from error
+    return pyplot.subplots(layout="constrained")[1] if ax is None else ax
