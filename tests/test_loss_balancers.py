@@ -269,6 +269,28 @@ def test_imtl_l_settles_where_the_weighted_losses_are_one_and_holds_at_zero_loss
     assert states.weights[-1, 3] == 1
 
 
+def test_imtl_has_equal_projections_on_the_rows_that_imtl_l_scaled():
+    matrix = np.array([[3.0, 0.0, 1.0], [0.2, 0.4, -0.1]], np.float32)
+    tx = mtl.imtl(2)
+    step = jax.jit(lambda state: tx.update(matrix, state, losses=jnp.array([0.1, 5.0])))
+    update, state = step(step(step(tx.init(None))[1])[1])
+    scales = np.asarray(state[0].weights, np.float64)
+    assert abs(scales[0] / scales[1] - 1) > 0.01
+    # Equation 5 of the paper for two tasks, by hand.
+    rows = scales[:, None] * matrix
+    apart = np.subtract(*(rows / np.linalg.norm(rows, axis=1, keepdims=True)))
+    share = rows[0] @ apart / ((rows[0] - rows[1]) @ apart)
+    np.testing.assert_allclose(update, (1 - share) * rows[0] + share * rows[1], rtol=1e-5)
+
+
+def test_scale_invariant_descends_the_sum_of_logarithms():
+    matrix, losses = jnp.array([[3.0, 0.0], [0.2, 0.4]]), jnp.array([0.1, 5.0])
+    tx = mtl.make("scale_invariant", 2)
+    update, _ = tx.update(matrix, tx.init(None), losses=losses)
+    expected = jax.grad(lambda x: jnp.sum(jnp.log(losses + matrix @ x)))(jnp.zeros(2))
+    np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
 # FAMO: algorithm 1 in NumPy, with PyTorch's Adam and its coupled weight decay.
 
 

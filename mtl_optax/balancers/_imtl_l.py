@@ -95,15 +95,16 @@ def imtl(
     r"""Impartial learning of losses and gradients: `scale_by_imtl_l` followed by `imtl_g`.
 
     The losses are brought to a common scale, then the update has equal projections on the unit
-    gradients of all tasks. The second does not depend on the first on the shared parameters; the
-    heads follow their scaled losses.
+    gradients of all tasks. On the shared parameters the first changes the length of the update, not
+    its direction; the heads follow their scaled losses.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
       optimizer: as in `scale_by_imtl_l`.
 
     Returns:
-      A whole strategy: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1).
+      A whole strategy: Jacobian in, gradient out. Update scale: mean-like (the weights of
+      the scaled rows sum to 1).
 
     Raises:
       ValueError: if `num_tasks` < 1 or the losses are not K.
