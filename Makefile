@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: demo test lint format clean
+.PHONY: demo bench test lint format clean
 
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
@@ -14,6 +14,17 @@ test: .venv/.installed  ## lint, types, unit tests, doctests and the notebook
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+
+# A Python with the extra "bench", which adds TorchJD; without it only our side runs.
+BENCH ?= $(BIN)/python
+
+bench: .venv/.installed  ## cost of steps, aggregators, memory, compiling and scaling, into docs/
+	$(BENCH) -m benchmarks.step_time
+	$(BENCH) -m benchmarks.aggregate_time
+	$(BENCH) -m benchmarks.memory
+	$(BENCH) -m benchmarks.compile_time
+	$(BENCH) -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.cost_report
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

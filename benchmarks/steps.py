@@ -18,7 +18,8 @@ class Way(NamedTuple):
     """One row: a strategy, and how its Jacobian is made.
 
     Attributes:
-      group: what it is compared with: `"losses"`, `"features"`, `"last layer"` or `"exact"`.
+      group: what it is compared with: `"losses"`, `"features"`, `"last layer"`, `"exact"` for a
+        Gramian over the whole trunk, or `"sketch"`.
       strategy: its name in the catalog.
       value_and_jac: from a workload and a random key to the function of `(params, batch)`.
     """
@@ -36,22 +37,23 @@ def _features(workload: Workload, _: jax.Array) -> Callable[..., Any]:
     return mtl.value_and_feature_jac(workload.encode, workload.decode)
 
 
-def _last_layer(workload: Workload, _: jax.Array) -> Callable[..., Any]:
-    return mtl.value_and_jac(workload.losses, gramian_at=workload.last_shared)
+def _last_layer(**options: Any) -> Callable[[Workload, jax.Array], Callable[..., Any]]:
+    return lambda workload, _: mtl.value_and_jac(
+        workload.losses, gramian_at=workload.last_shared, **options
+    )
 
 
 def _sketched(workload: Workload, key: jax.Array) -> Callable[..., Any]:
     return mtl.value_and_jac(workload.losses, gramian=mtl.Sketch(key))
 
 
-# Every way to the Gramian over the whole trunk: a new mode of `value_and_jac` is one line here.
+# Every exact way to the Gramian over the whole trunk: a new mode is one line here.
 EXACT = {
     "isolated rows": _by(rows="isolated"),
     "batched rows": _by(rows="batched"),
     "sequential rows": _by(rows="sequential"),
     "columns": _by(gramian="columns"),
     "ghost": _by(gramian="ghost"),
-    "sketch of 32": _sketched,
 }
 WAYS: dict[str, Way] = {
     **{
@@ -59,8 +61,10 @@ WAYS: dict[str, Way] = {
         for name in ("uncertainty", "dwa", "dtp", "famo", "gls", "rlw")
     },
     **{f"{name}, features": Way("features", name, _features) for name in ("mgda", "upgrad")},
-    "upgrad, last layer": Way("last layer", "upgrad", _last_layer),
+    "upgrad, last layer": Way("last layer", "upgrad", _last_layer()),
+    "upgrad, last layer by ghost": Way("last layer", "upgrad", _last_layer(gramian="ghost")),
     **{f"upgrad, {mode}": Way("exact", "upgrad", make) for mode, make in EXACT.items()},
+    "upgrad, sketch": Way("sketch", "upgrad", _sketched),
 }
 
 

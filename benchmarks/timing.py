@@ -20,7 +20,11 @@ _LEAST_SECONDS = 0.01  # a sample repeats a shorter call until it takes this lon
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], *, rounds: int = 20, max_seconds: float = 60.0
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 20,
+    max_seconds: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times calls in turns, so that a slow moment of the machine hits all alike.
 
@@ -32,6 +36,8 @@ def interleave(
       calls: what to time, by name; each returns what it computes.
       rounds: the most turns each call gets.
       max_seconds: no round begins later than this; the first always runs.
+      clock: what tells the seconds. `time.process_time`, in a process that is held to one core,
+        leaves out what other processes take.
 
     Returns:
       For each name the seconds of a call, one number a round.
@@ -39,7 +45,7 @@ def interleave(
     repeats = {}
     for name, call in calls.items():
         jax.block_until_ready(call())
-        repeats[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1)))
+        repeats[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1, clock)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, begin = collections.deque(calls), time.perf_counter()
     for turn in range(rounds):
@@ -48,7 +54,7 @@ def interleave(
         for name in order:
             if repeats[name] > 1:
                 jax.block_until_ready(calls[name]())
-            times[name].append(_seconds(calls[name], repeats[name]))
+            times[name].append(_seconds(calls[name], repeats[name], clock))
         order.rotate(1)
     return times
 
@@ -93,8 +99,8 @@ def save(name: str, payload: Mapping[str, Any]) -> Path:
     return path
 
 
-def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    begin = time.perf_counter()
+def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    begin = clock()
     for _ in range(repeats):
         jax.block_until_ready(call())
-    return (time.perf_counter() - begin) / repeats
+    return (clock() - begin) / repeats

@@ -1,0 +1,165 @@
+"""Draws what the cost benchmarks measured, and writes their tables into docs/performance.md.
+
+Reads benchmarks/results alone; a benchmark that has not run leaves its part as it is.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import aggregate_time, compile_time, memory, step_time, tables, timing
+from benchmarks.steps import PLAIN
+from benchmarks.style import COLOURS, STYLE
+from benchmarks.timing import OURS, PEER
+
+DOCS = Path(__file__).parent.parent / "docs"
+# Dark and plain against light and hatched: the two are told apart in grey.
+BARS: dict[str, dict[str, Any]] = {
+    OURS: {"color": COLOURS[0]},
+    PEER: {"color": COLOURS[5], "hatch": "///", "edgecolor": "white"},
+}
+TARGET: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.4}
+
+
+def draw_step_time(results: dict[str, Any]) -> Figure:
+    """A panel a workload, a bar a step; the target of each group across its bars."""
+    workloads = results["workloads"]
+    labels = {
+        label: row["group"]
+        for w in workloads.values()
+        for label, row in w["rows"].items()
+        if row["group"] != PLAIN
+    }
+    order = list(dict.fromkeys(labels.values()))
+    shown = sorted(labels, key=lambda label: order.index(labels[label]))
+    figure, axes = _panels(len(workloads), len(shown))
+    for axis, (name, workload) in zip(axes, workloads.items(), strict=True):
+        for framework, look in BARS.items():
+            rows = {
+                y: workload["rows"][label]
+                for y, label in enumerate(shown)
+                if label in workload["rows"] and label.startswith(framework)
+            }
+            ratios = [row["ratio"] for row in rows.values()]
+            quartiles = np.array([row["quartiles"] for row in rows.values()]).reshape(-1, 2)
+            spread = np.abs(quartiles.T - ratios)
+            axis.barh(list(rows), ratios, xerr=spread, label=framework, ecolor="#444444", **look)
+        for group, limits in step_time.TARGETS.items():
+            if name in limits:
+                ys = [y for y, label in enumerate(shown) if labels[label] == group]
+                axis.vlines(limits[name], min(ys) - 0.5, max(ys) + 0.5, label="target", **TARGET)
+        axis.set_title(f"{name}, K = {workload['num_tasks']}")
+        axis.set_xlim(left=0)
+        axis.margins(y=0.01)
+    axes[0].set_yticks(range(len(shown)), [label.split(": ")[1] for label in shown])
+    axes[0].invert_yaxis()
+    handles = {
+        label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+    figure.supxlabel(
+        "time of a step, in plain summed-loss steps of the same framework", fontsize=10
+    )
+    return figure
+
+
+def draw_aggregate_time(results: dict[str, Any]) -> Figure:
+    """Two bars a call, ours and TorchJD's, on a logarithmic scale."""
+    rows = results["rows"]
+    figure, (axis,) = _panels(1, 2 * len(rows))
+    heights = np.arange(len(rows))
+    for i, (framework, look) in enumerate(BARS.items()):
+        seconds = [row["seconds"][i] for row in rows if i < len(row["seconds"])]
+        if seconds:
+            ms = 1e3 * np.array(seconds)
+            axis.barh(heights + 0.4 * i - 0.2, ms, 0.38, label=framework, log=True, **look)
+    names = [f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,}" for row in rows]
+    axis.set_yticks(heights, names)
+    axis.invert_yaxis()
+    axis.set_xlabel("ms a call; of a Jacobian with 2 K columns, TorchJD is given the Gramian")
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def draw_memory(results: dict[str, Any]) -> Figure:
+    """Two bars a step: memory as compiled, and as the process grows."""
+    rows = results["rows"]
+    figure, (axis,) = _panels(1, 2 * len(rows))
+    heights = np.arange(len(rows))
+    temp = [row["temp_bytes"] / 1e6 for row in rows.values()]
+    growth = [(row["growth_bytes"] or 0) / 1e6 for row in rows.values()]
+    looks = list(BARS.values())
+    axis.barh(heights - 0.2, temp, 0.38, label="temporary memory, as compiled", **looks[0])
+    axis.barh(heights + 0.2, growth, 0.38, label="growth of the process", **looks[1])
+    if memory.HELD in rows:
+        limit = memory.TARGET * rows[memory.HELD]["temp_bytes"] / 1e6
+        axis.axvline(limit, label="target for an exact Gramian, as compiled", **TARGET)
+    axis.set_yticks(heights, list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"MB, a step of {results['settings']['workload']}")
+    figure.legend(loc="outside upper center", ncols=1)
+    return figure
+
+
+def draw_compile_time(results: dict[str, Any]) -> Figure:
+    """A panel a workload, a bar a step."""
+    workloads = results["workloads"]
+    rows = results["settings"]["rows"]
+    figure, axes = _panels(len(workloads), len(rows))
+    for axis, (name, taken) in zip(axes, workloads.items(), strict=True):
+        ratios = [taken[row]["processor"] / taken[PLAIN]["processor"] for row in rows]
+        axis.barh(range(len(rows)), ratios, **BARS[OURS])
+        axis.axvline(compile_time.TARGET, **TARGET)
+        axis.set_title(f"{name}: plain {taken[PLAIN]['total']:.1f} s")
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].invert_yaxis()
+    figure.supxlabel("processor time to compile, in plain steps; dashed: target", fontsize=10)
+    return figure
+
+
+PARTS: dict[str, tuple[Any, Callable[[dict[str, Any]], Figure]]] = {
+    "step_time": (step_time, draw_step_time),
+    "aggregate_time": (aggregate_time, draw_aggregate_time),
+    "memory": (memory, draw_memory),
+    "compile_time": (compile_time, draw_compile_time),
+}
+
+
+def main() -> None:
+    """Runs the command line."""
+    page = DOCS / "performance.md"
+    document = page.read_text(encoding="utf-8")
+    for name, (benchmark, draw) in PARTS.items():
+        file = timing.RESULTS / f"{name}.json"
+        if not file.exists():
+            print(f"{file} is missing: run python -m benchmarks.{name}")
+            continue
+        results = json.loads(file.read_text(encoding="utf-8"))
+        with plt.rc_context(STYLE):
+            figure = draw(results)
+            figure.savefig(DOCS / "images" / f"{name}.png")
+            plt.close(figure)
+        where = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
+        parts = [tables.markdown(cells) for cells in benchmark.tables_of(results)]
+        document = tables.fill(document, name, "\n\n".join([*parts, f"Measured with {where}."]))
+    page.write_text(document, encoding="utf-8")
+    print(f"written: {page} and its pictures in {DOCS / 'images'}")
+
+
+def _panels(count: int, bars: int) -> tuple[Figure, list[Axes]]:
+    size = (2.6 + (2.2 if count > 1 else 5) * count, 1.5 + 0.24 * bars)
+    figure, axes = plt.subplots(1, count, sharey=True, squeeze=False, figsize=size)
+    return figure, list(axes[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The cost benchmarks end to end at a tiny size."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import compile_time, cost_report, memory, step_time, tables, timing
+from benchmarks.steps import EXACT, PLAIN, WAYS
+from benchmarks.workloads import WORKLOADS
+
+TINY = "tiny-mlp-3"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the three command lines write."""
+    folder = tmp_path_factory.mktemp("results")
+    cached = jax.config.jax_enable_compilation_cache
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "RESULTS", folder)
+        rows = ["--rows", "uncertainty"]
+        step_time.main(["--workloads", TINY, *rows, "upgrad, ghost", "--rounds", "2", "--no-peers"])
+        memory.main(["--workload", TINY, "--rows", PLAIN])
+        compile_time.main(["--workloads", TINY, *rows])
+    jax.config.update("jax_enable_compilation_cache", cached)
+    return {file.stem: json.loads(file.read_text()) for file in folder.iterdir()}
+
+
+def test_results_say_where_they_were_measured(results):
+    assert set(results) == {"step_time", "memory", "compile_time"}
+    for result in results.values():
+        assert result["versions"]["jax"] == jax.__version__
+        assert "CPU cores" in result["versions"]["machine"]
+
+
+def test_step_time_counts_in_plain_steps(results):
+    workload = results["step_time"]["workloads"][TINY]
+    assert (workload["num_tasks"], workload["rounds"]) == (3, 2)
+    assert workload["parameters"] == (16 * 32 + 32) + (32 * 16 + 16) + 3 * (16 * 4 + 4)
+    plain, uncertainty, ghost = workload["rows"].values()
+    assert plain["ratio"] == plain["flops_ratio"] == 1
+    assert 1 <= uncertainty["flops_ratio"] < 1.005 < ghost["flops_ratio"]
+    for row in (uncertainty, ghost):
+        low, high = row["quartiles"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["seconds"] > 0
+
+
+def test_memory_is_that_of_a_fresh_process(results):
+    row = results["memory"]["rows"][PLAIN]
+    assert row["temp_bytes"] > 0
+    assert row["growth_bytes"] is None or 0 <= row["growth_bytes"] < 1e9
+
+
+def test_compile_time_adds_its_stages(results):
+    for row in results["compile_time"]["workloads"][TINY].values():
+        assert row["total"] >= max(row["trace"], row["lower"], row["compile"]) > 0
+        assert row["processor"] > 0
+
+
+def test_report_draws_and_fills_the_page(results):
+    page = "\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in cost_report.PARTS)
+    for name, (benchmark, draw) in cost_report.PARTS.items():
+        (axis, *_) = draw(results[name]).axes
+        assert axis.patches
+        text = "\n".join(tables.markdown(cells) for cells in benchmark.tables_of(results[name]))
+        page = tables.fill(page, name, text)
+    assert "old" not in page
+    assert "| mtl_optax: upgrad, ghost | " in page
+    with pytest.raises(ValueError, match="<!-- other -->"):
+        tables.fill(page, "other", "")
+
+
+def test_targets_name_what_is_measured():
+    assert {way.group for way in WAYS.values()} - {"sketch"} == set(step_time.TARGETS)
+    assert set(EXACT) == {n.split(", ")[1] for n, way in WAYS.items() if way.group == "exact"}
+    assert {name for limits in step_time.TARGETS.values() for name in limits} <= set(WORKLOADS)
+    assert memory.HELD in WAYS
+
+
+@pytest.mark.parametrize("name", ["cnn-2", "transformer-3", "stacked-mlp-40"])
+def test_workloads_start_near_chance(name):
+    workload = WORKLOADS[name]()
+    inputs, labels = workload.batch
+    batch = inputs[:4], labels[:, :4]
+    losses = jax.jit(workload.losses)(workload.params, batch)
+    losses = np.stack(jax.tree.leaves(losses)).ravel()
+    assert losses.shape == (workload.num_tasks,)
+    np.testing.assert_allclose(losses, math.log(workload.heads[1]), rtol=0.5)
+    mask = workload.last_shared(workload.params)["trunk"]
+    assert mask.index(True) == len(mask) - 2  # before a ReLU
