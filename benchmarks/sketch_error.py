@@ -43,7 +43,7 @@ def cosines(
     links: dict[str, Any] = {name: mtl.make(name, workload.num_tasks) for name in strategies}
 
     @functools.partial(jax.jit, static_argnums=2)
-    def updates(params, batch, columns, key=None):
+    def updates(params: Any, batch: Any, columns: int | None, key: Any = None):
         gramian = "ghost" if columns is None else mtl.Sketch(key, columns)
         _, jac = mtl.value_and_jac(workload.losses, gramian=gramian)(params, batch)
         return {name: tx.update(jac, tx.init(params))[0]["trunk"] for name, tx in links.items()}
