@@ -132,6 +132,8 @@ def runs(two_processes):
     # What draws at random an entry draws other numbers for a shard than for the whole.
     for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean"):
         yield f"shard_map {strategy}", strategy, LAYOUTS["both"], {}, True
+    for modes in MODES[2:]:
+        yield f"shard_map upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, True
 
 
 def main(address=None, rank="0"):

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from benchmarks import scaling
 from tests import sharding_worker as worker
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -101,6 +102,20 @@ def test_columns_sum_one_row_at_a_time(results):
     found = _collectives(results, "both upgrad columns")
     numbers = max(math.prod(shape) for op in found["all-reduce"] for shape in op)
     assert numbers <= max(math.prod(shape) for shape in PARAMS.values())
+
+
+def test_moved_bytes_count_every_turn_of_a_loop():
+    hlo = """
+%body (t: f32[4]) -> f32[4] {
+  %sum = (f32[4]{0}, bf16[2,3]{1,0}) all-reduce(%a, %b), to_apply=%add
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %all = f32[8]{0} all-gather(%x), dimensions={0}
+  %w = f32[4]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""
+    assert scaling.moved_bytes(hlo) == 8 * 4 + 5 * (4 * 4 + 6 * 2)
 
 
 def _plain(run):

@@ -1,0 +1,327 @@
+"""How the cost of a step grows with tasks, parameters and devices.
+
+Tasks: wall time, and floating-point operations as compiled. Parameters and devices: what the
+compiler says a step allocates and moves, without running it; the devices are simulated. Then the
+same for one billion parameters. Writes results/scaling.json and docs/images/scaling.png.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from matplotlib.ticker import NullLocator
+from rich.console import Console
+from rich.progress import track
+
+import mtl_optax as mtl
+from benchmarks import tables, timing
+from benchmarks.style import MARKERS, STYLE, look
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "scaling.png"
+# IMTL-G asks for no more than the Gramian, and its own K x K program is among the smallest.
+WAYS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
+    "plain": ("sum", lambda w: mtl.value_and_jac(w.losses)),
+    "loss-only": ("uncertainty", lambda w: mtl.value_and_jac(w.losses)),
+    "features": ("imtl_g", lambda w: mtl.value_and_feature_jac(w.encode, w.decode)),
+    "ghost": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="ghost")),
+    "columns": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="columns")),
+    "rows": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, rows="batched")),
+}
+LOOPS = ("ghost", "columns")  # over the tasks: the compiler counts their operations once
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `python -m benchmarks.scaling` takes."""
+
+    tasks: tuple[int, ...] = (2, 8, 32, 128)
+    """Numbers of tasks K, at `width` 256."""
+    params: tuple[float, ...] = (1e4, 1e6, 1e8)
+    """Numbers of trunk parameters, at K = 8 on one device."""
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices, at K = 8 and 1e7 parameters, split with the batch over all of them."""
+    plan: float = 1e9
+    """Parameters of the plan, at K = 10 on the most devices; 0 leaves it out."""
+    seconds: float = 4.0
+    """When the last round of a number of tasks begins, at the latest."""
+    compiled_only: bool = False
+    """Measure what is compiled alone, and print JSON: what a process with more devices does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mlp:
+    """`depth` square layers and K stacked heads of one output: shapes, no numbers yet."""
+
+    num_tasks: int
+    size: float  # numbers of the trunk, about
+    depth: int = 3
+    batch: int = 256
+    keep: Callable[[jax.Array], jax.Array] = lambda h: h  # where activations lie
+
+    @property
+    def width(self) -> int:
+        """Inputs and outputs of a layer."""
+        return 8 * max(1, round((self.size / self.depth) ** 0.5 / 8))
+
+    def params(self) -> dict[str, Any]:
+        """The parameters' shapes."""
+        trunk = [_shape(self.width, self.width)] * self.depth
+        return {"trunk": trunk, "heads": _shape(self.num_tasks, self.width)}
+
+    def examples(self) -> tuple[Any, Any]:
+        """The batch's shapes: inputs, and a target of each head."""
+        return _shape(self.batch, self.width), _shape(self.batch, self.num_tasks)
+
+    def encode(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The trunk's features."""
+        del y
+        for w in params["trunk"]:
+            x = self.keep(jnp.tanh(x @ w))
+        return x
+
+    def decode(self, params: Any, features: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The K losses."""
+        del x
+        return jnp.mean((features @ params["heads"].T - y) ** 2, axis=0)
+
+    def losses(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The K losses, from the inputs."""
+        return self.decode(params, self.encode(params, x, y), x, y)
+
+
+def _shape(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+class Step:
+    """One way to train a model, compiled for parameters and examples split over devices."""
+
+    def __init__(self, model: Mlp, way: str, num_devices: int = 1):
+        mesh = jax.make_mesh((num_devices,), ("fsdp",), axis_types=(AxisType.Auto,))
+        by_rows, by_columns = (
+            NamedSharding(mesh, P(*spec)) for spec in (("fsdp",), (None, "fsdp"))
+        )
+        whole = NamedSharding(mesh, P())
+        keep = lambda h: jax.lax.with_sharding_constraint(h, by_rows)  # noqa: E731
+        model = dataclasses.replace(model, keep=keep)
+        self._way, (strategy, value_and_jac) = way, WAYS[way]
+        tx = optax.chain(mtl.make(strategy, model.num_tasks), optax.adam(1e-3))
+
+        def step(state, batch):
+            params, opt_state = state
+            losses, jac = value_and_jac(model)(params, *batch)
+            updates, opt_state = tx.update(jac, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), losses
+
+        state = jax.eval_shape(lambda p: (p, tx.init(p)), model.params())
+        shardings = jax.tree.map(lambda leaf: by_columns if leaf.ndim > 1 else whole, state)
+        place = lambda leaf, sharding: leaf.update(sharding=sharding)  # noqa: E731
+        self._state = jax.tree.map(place, state, shardings)
+        self._batch = tuple(place(leaf, by_rows) for leaf in model.examples())
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        self._compiled = jitted.lower(self._state, self._batch).compile()
+
+    def measures(self) -> dict[str, float]:
+        """Operations as compiled; bytes held, bytes beside them and bytes moved, a device."""
+        memory: Any = self._compiled.memory_analysis()
+        measured: dict[str, float] = {
+            "state_bytes": int(memory.argument_size_in_bytes),
+            "temp_bytes": int(memory.temp_size_in_bytes),
+            "moved_bytes": moved_bytes(self._compiled.as_text() or ""),
+        }
+        if self._way not in LOOPS:
+            measured["flops"] = float((self._compiled.cost_analysis() or {})["flops"])
+        return measured
+
+    def call(self) -> Callable[[], Any]:
+        """A call that trains one step on, from made-up numbers."""
+        rng = np.random.default_rng(0)
+
+        def draw(leaf):
+            return np.abs(0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+
+        state, batch = jax.device_put(
+            jax.tree.map(draw, (self._state, self._batch)),
+            jax.tree.map(lambda leaf: leaf.sharding, (self._state, self._batch)),
+        )
+
+        def train():
+            nonlocal state
+            state, losses = self._compiled(state, batch)
+            return losses
+
+        return train
+
+
+def moved_bytes(hlo: str) -> int:
+    """The bytes that the collectives of a program yield on one device, loops counted out."""
+    bodies, name = collections.defaultdict(list), ""
+    for line in hlo.splitlines():
+        opened = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
+        name = ("ENTRY" if opened[1] else opened[2]) if opened else name
+        bodies[name].append(line)
+
+    def count(name: str) -> int:
+        total = 0
+        for line in bodies[name]:
+            yields = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
+            loop = re.search(r" while\(.*body=%?([\w.-]+)", line)
+            # The branch for True, which is taken as a rule, is the last.
+            branch = re.search(r" conditional\(.*branch_computations=\{.*, %?([\w.-]+)\}", line)
+            if yields:
+                shapes = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", yields[1])
+                total += sum(
+                    int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+                    for bits, dims in shapes
+                )
+            elif loop:
+                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                total += (int(trips[1]) if trips else 1) * count(loop[1])
+            elif branch:
+                total += count(branch[1])
+        return total
+
+    return count("ENTRY")
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """The exponent b of y ~ x^b, by least squares of the logarithms."""
+    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """All results, ready for JSON: a list of numbers a way, and their slopes."""
+    tasks: dict[str, Any] = {"x": options.tasks, "flops": {}, "seconds": {}}
+    columns = [
+        _measure_tasks(num_tasks, options.seconds)
+        for num_tasks in track(options.tasks, "tasks", console=console)
+    ]
+    for key in ("flops", "seconds"):
+        ways = columns[0][key]
+        tasks[key] = {way: [column[key][way] for column in columns] for way in ways}
+    # A process has as many simulated devices as it began with.
+    command = [sys.executable, "-m", "benchmarks.scaling", "--compiled-only"]
+    for field in ("params", "devices", "plan"):
+        value = getattr(options, field)
+        command += [f"--{field}", *map(str, value if isinstance(value, tuple) else (value,))]
+    # Nor does it run: its machine code need not be fast.
+    flags = (
+        f"--xla_force_host_platform_device_count={max(options.devices)} "
+        "--xla_backend_optimization_level=0"
+    )
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    with console.status("parameters and devices, compiled"):
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    results = {"tasks": tasks, **json.loads(output.stdout.splitlines()[-1])}
+    results["slopes"] = {
+        f"{key} against {part}": {
+            way: round(slope(results[part]["x"], ys), 2)
+            for way, ys in results[part][key].items()
+            if min(ys) > 0
+        }
+        for part, key in (
+            ("tasks", "flops"),
+            ("tasks", "seconds"),
+            ("params", "temp_bytes"),
+            ("devices", "state_bytes"),
+            ("devices", "temp_bytes"),
+        )
+    }
+    return {"settings": dataclasses.asdict(options), **results}
+
+
+def _measure_tasks(num_tasks: int, seconds: float) -> dict[str, dict[str, float]]:
+    steps = {way: Step(Mlp(num_tasks, 3 * 256**2), way) for way in WAYS}
+    calls = {way: step.call() for way, step in steps.items()}
+    times = timing.interleave(calls, rounds=20, max_seconds=seconds)
+    flops = {way: step.measures()["flops"] for way, step in steps.items() if way not in LOOPS}
+    return {"flops": flops, "seconds": timing.medians(times)}
+
+
+def compiled(options: Options) -> dict[str, Any]:
+    """What is known without running: a list of numbers for each measure and way."""
+
+    def over(xs: Sequence[float], measure: Callable[[str, Any], dict[str, float]]) -> Any:
+        found = {way: [measure(way, x) for x in xs] for way in WAYS}
+        keys = found["plain"][0]
+        return {"x": xs} | {
+            key: {way: [m[key] for m in each] for way, each in found.items() if key in each[0]}
+            for key in keys
+        }
+
+    most = max(options.devices)
+    parts: dict[str, Any] = {
+        "params": over(options.params, lambda way, x: Step(Mlp(8, x), way).measures()),
+        "devices": over(options.devices, lambda way, x: Step(Mlp(8, 1e7), way, x).measures()),
+    }
+    if options.plan:
+        model = Mlp(10, options.plan, depth=16, batch=1024)
+        parts["plan"] = {way: Step(model, way, most).measures() for way in WAYS}
+    return parts
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Three panels: time against K, memory against P, memory a device against devices."""
+    mpl.use("Agg")
+    panels = (
+        ("tasks", "seconds", "number of tasks K", "seconds a step"),
+        ("params", "temp_bytes", "trunk parameters P", "bytes beside the state"),
+        ("devices", "temp_bytes", "devices", "bytes beside the state, a device"),
+    )
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, len(panels), figsize=(11.5, 4.2))
+        for axis, (part, key, x_label, y_label) in zip(axes, panels, strict=True):
+            xs = results[part]["x"]
+            for i, (way, ys) in enumerate(results[part][key].items()):
+                axis.loglog(xs, ys, marker=MARKERS[i], label=way, **look(i))
+            axis.set_xlabel(x_label)
+            axis.set_title(y_label)
+            if part != "params":
+                axis.set_xticks(xs, [str(x) for x in xs])
+                axis.xaxis.set_minor_locator(NullLocator())
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS)
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(Options, args=argv, prog="python -m benchmarks.scaling", description=__doc__)
+    if options.compiled_only:
+        print(json.dumps(compiled(options)))
+        return
+    console = Console()
+    results = run(options, console)
+    path = timing.save("scaling", results)
+    draw(results, PICTURE)
+    ways = list(WAYS)
+    rows = [
+        (name, *(f"{found[way]:.2f}" if way in found else "" for way in ways))
+        for name, found in results["slopes"].items()
+    ]
+    tables.show(console, tables.Cells("Slopes: cost grows as x to this power", ["", *ways], rows))
+    console.print(f"results: {path}, picture: {PICTURE}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
