@@ -91,6 +91,8 @@ class LinearMap:
         if mode == "isolated":
             groups = [self._rows_of_group(i) for i in range(len(self._tasks))]
             from_trunk = [self._join(dict(enumerate(rows))) for rows in zip(*groups, strict=True)]
+        elif not self._parts.meets:
+            from_trunk = [None] * len(self.jaxpr.invars)
         else:
             over_tasks = jax.vmap if mode == "batched" else _map
             from_trunk = self._known(
@@ -144,6 +146,9 @@ class LinearMap:
             for blocks, wanted in zip(self._heads.at_leaves, measured, strict=True)
         ]
         dtype = jnp.promote_types(jnp.float32, jnp.result_type(*(v.aval.dtype for v in leaves)))
+        zeros = jnp.zeros(self.num_tasks, dtype)
+        if not jax.tree.leaves((met, own)):  # no loss depends on what is measured
+            return jnp.zeros((self.num_tasks, self.num_tasks), dtype), zeros
 
         def column(of_task):
             met_j, own_j = of_task
@@ -157,7 +162,7 @@ class LinearMap:
             unit = [(x / scale).astype(x.dtype) for x in row]
             pushed = program.evaluate(self._trunk, self.residuals, *unit)
             pairs = [*zip(met, pushed, strict=True), *zip(own, unit, strict=True)]
-            column = sum(_inner(a, b, dtype) for a, b in pairs if a is not None)
+            column = sum((_inner(a, b, dtype) for a, b in pairs if a is not None), zeros)
             return column, jnp.where(largest == 0, 0, scale)
 
         columns, scales = _map(column)((met, own))
@@ -247,9 +252,8 @@ class LinearMap:
                 pull = self._transpose(self.jaxpr.replace(eqns=head, invars=read, outvars=[group]))
                 for v, row in zip(read, pull([jnp.ones(shape, dtype)]), strict=True):
                     blocks[v][i] = row[None]
-            elif (
-                program.is_var(group) and group in blocks
-            ):  # losses that the trunk computes, or parameters themselves
+            elif program.is_var(group) and group in blocks:
+                # Losses that the trunk computes, or that are parameters themselves.
                 blocks[group][i] = jnp.eye(group.aval.size, dtype=dtype).reshape(-1, *shape)
         return _Heads([blocks[v] for v in leaves], [blocks[v] for v in meets])
 

@@ -159,6 +159,30 @@ def test_modes_agree_jitted_vmapped_scaled_and_guarded(rows, gramian, tap_all):
 
 
 @pytest.mark.parametrize(("rows", "gramian"), MODES)
+def test_tasks_that_meet_nowhere_but_in_the_parameters(rows, gramian, tap_all):
+    def losses(params):
+        at = lambda points: jnp.tanh(points @ params["w"]) @ params["v"]  # noqa: E731
+        return {
+            "pde": jnp.mean(at(X[0]) ** 2),
+            "edge": jnp.mean(at(X[1]) - 1),
+            "none": jnp.ones(()),
+        }
+
+    params = {"w": jnp.ones((6, 4)) / 3, "v": jnp.arange(4.0)}
+
+    def read(params):
+        _, jac = mtl.value_and_jac(losses, rows=rows, gramian=gramian)(params)
+        return jac.gramian(), jac.combine(WEIGHTS), jax.jacrev(losses)(params)
+
+    measured, combined, rows_of = jax.jit(read)(params)
+    tasks = ("edge", "none", "pde")
+    matrix = np.stack([np.r_[rows_of[t]["v"], np.ravel(rows_of[t]["w"])] for t in tasks])
+    assert relative_error(measured, matrix @ matrix.T) < 1e-5
+    got = np.r_[combined["v"], np.ravel(combined["w"])]
+    assert relative_error(got, np.asarray(WEIGHTS) @ matrix) < 1e-5
+
+
+@pytest.mark.parametrize(("rows", "gramian"), MODES)
 def test_a_nan_label_stays_with_its_task(rows, gramian, tap_all):
     params, x, y = PROBLEM
     y = y | {"b": y["b"].at[0].set(jnp.nan)}
