@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mtl_optax import _program as program
-from mtl_optax._rows import mix, scale_rows
+from mtl_optax._rows import mix, over_shards, scale_rows
 from mtl_optax.solvers._base import power_of_two
 
 RowMode = Literal["isolated", "batched", "sequential"]
@@ -158,6 +158,7 @@ class LinearMap:
                 for a, b, wanted, leaf in zip(from_trunk, own_j, measured, leaves, strict=True)
             ]
             largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in row])
+            largest = over_shards(jax.lax.pmax, largest)
             scale = power_of_two(largest.astype(dtype))
             unit = [(x / scale).astype(x.dtype) for x in row]
             pushed = program.evaluate(self._trunk, self.residuals, *unit)
@@ -199,7 +200,7 @@ class LinearMap:
         ):
             here = jnp.max(jnp.abs(block), axis=range(1, block.ndim), initial=0)
             largest[i] = jnp.maximum(largest[i], here.astype(dtype))
-        scales = [power_of_two(each) for each in largest]
+        scales = [power_of_two(over_shards(jax.lax.pmax, each)) for each in largest]
 
         def unit(blocks: dict[int, jax.Array]) -> dict[int, jax.Array]:
             return {i: scale_rows(block, 1 / scales[i]) for i, block in blocks.items()}
@@ -320,9 +321,10 @@ def _sum(a: jax.Array | None, b: jax.Array | None, shape: tuple[int, ...], dtype
 def _inner(rows: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """The inner product of each row with x."""
     axes = list(range(x.ndim))
-    return jax.lax.dot_general(
+    products = jax.lax.dot_general(
         rows.astype(dtype),
         x.astype(dtype),
         (([axis + 1 for axis in axes], axes), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
     )
+    return over_shards(jax.lax.psum, products)

@@ -50,7 +50,8 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], *args: Any) -> list[Any]:
 
 def transpose(jaxpr: Any, consts: Sequence[Any]) -> Callable[[Sequence[jax.Array]], list[Any]]:
     """The transpose of a linear jaxpr: cotangents of its outputs to those of its inputs."""
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]
+    # The avals themselves: inside `shard_map` they say which mesh axes an input varies over.
+    primals = [v.aval for v in jaxpr.invars]
     linear = jax.linear_transpose(lambda *args: evaluate(jaxpr, consts, *args), *primals)
     return lambda cotangents: list(linear(list(cotangents)))
 
@@ -84,7 +85,7 @@ def fed(eqn: Any, masks: dict[Any, int]) -> int:
 
 
 def _inline(jaxpr: Any) -> Any:
-    fresh, eqns = jex.gensym(), []
+    eqns = []
 
     def walk(jaxpr, env):
         def read(atom):
@@ -97,7 +98,8 @@ def _inline(jaxpr: Any) -> Any:
                 outvars = walk(body.jaxpr, dict(zip(body.jaxpr.invars, invars, strict=True)))
                 env.update(zip(eqn.outvars, outvars, strict=True))
                 continue
-            outvars = [v if isinstance(v, jex.DropVar) else fresh(v.aval) for v in eqn.outvars]
+            # A body that is called twice has its variables once.
+            outvars = [jex.Var(v.aval) for v in eqn.outvars]
             env.update(zip(eqn.outvars, outvars, strict=True))
             eqns.append(eqn.replace(invars=invars, outvars=outvars))
         return [read(atom) for atom in jaxpr.outvars]

@@ -1,6 +1,6 @@
 """What is done to the K rows of a Jacobian that are at hand: mix, scale, multiply."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,14 @@ def mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
 def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
     scales = scales.reshape(-1, *[1] * (rows.ndim - 1))
     return (rows.astype(scales.dtype) * scales).astype(rows.dtype)
+
+
+def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    """`jax.lax.psum` or `pmax` of x over the mesh axes that it varies over inside `shard_map`."""
+    aval = jax.typeof(x)
+    # `vma` up to JAX 0.9
+    axes = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+    return reduce(x, tuple(axes)) if axes else x
 
 
 def scaled_products(
@@ -62,6 +70,7 @@ def _unit_rows(rows: Sequence[jax.Array], dtype: Any) -> tuple[list[jax.Array], 
     largest = jnp.zeros(len(wide[0]), dtype)
     for row in wide:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(row), range(1, row.ndim), initial=0))
+    largest = over_shards(jax.lax.pmax, largest)
     divisor = power_of_two(largest)
     units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in wide]
     return units, jnp.where(largest == 0, 0, divisor)
@@ -72,7 +81,8 @@ def _products(a: jax.Array, b: jax.Array) -> jax.Array:
     # Contracting every axis of the parameter in place keeps a sharded leaf sharded.
     axes = tuple(range(1, a.ndim))
     dimensions = ((axes, axes), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST)
+    products = jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST)
+    return over_shards(jax.lax.psum, products)
 
 
 def _own_products(a: jax.Array) -> jax.Array:

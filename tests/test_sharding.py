@@ -23,13 +23,6 @@ PARAMS = {name: list(leaf.shape) for name, leaf in worker.problem()[0].items()}
 SHARED, K = ("first", "second"), worker.K
 pytestmark = pytest.mark.xdist_group("tests.test_sharding")  # one worker, so that all runs are one
 
-# Waits for `transpose` and the inner products of rows to see what a value varies over.
-AWAITED = pytest.mark.xfail(reason="parameters split inside shard_map", strict=True)
-
-
-def _runs(names):
-    return [pytest.param(name, marks=AWAITED) if "shard_map" in name else name for name in names]
-
 
 @pytest.fixture(scope="module")
 def results():
@@ -61,14 +54,14 @@ def results():
     return {k: v for out, _ in outputs[:2] for k, v in json.loads(out.splitlines()[-1]).items()}
 
 
-@pytest.mark.parametrize("run", _runs(RUNS))
+@pytest.mark.parametrize("run", RUNS)
 def test_same_parameters_as_on_one_device(results, run):
     assert "failure" not in results[run], results[run]["failure"]
     assert results[run]["error"] < 1e-5
     assert results[run]["moved"] > 1e-2
 
 
-@pytest.mark.parametrize("run", _runs(run for run in RUNS if "processes" not in run))
+@pytest.mark.parametrize("run", [run for run in RUNS if "processes" not in run])
 def test_gathers_what_the_plain_step_gathers(results, run):
     gathered, plain = (
         collections.Counter(tuple(shape) for op in found.get("all-gather", []) for shape in op)
@@ -81,13 +74,13 @@ def test_gathers_what_the_plain_step_gathers(results, run):
     assert gathered.keys() <= {tuple(shape) for shape in PARAMS.values()}
 
 
-@pytest.mark.parametrize("layout", _runs([*worker.LAYOUTS, "shard_map"]))
+@pytest.mark.parametrize("layout", [*worker.LAYOUTS, "shard_map"])
 def test_loss_only_adds_the_losses(results, layout):
     numbers = [_reduced(_collectives(results, f"{layout} {s}")) for s in ("uncertainty", "plain")]
     assert numbers[0] - numbers[1] <= K
 
 
-@pytest.mark.parametrize("layout", _runs(["fsdp", "both", "shard_map"]))
+@pytest.mark.parametrize("layout", ["fsdp", "both", "shard_map"])
 def test_gramian_adds_one_small_sum_a_leaf(results, layout):
     found = _collectives(results, f"{layout} upgrad", "entry")
     sums = [shape for op in found["all-reduce"] for shape in op if shape == [K, K]]
