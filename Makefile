@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: demo bench test lint format clean
+.PHONY: demo bench docs test lint format clean
 
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
@@ -26,6 +26,10 @@ bench: .venv/.installed  ## cost of steps, aggregators, memory, compiling and sc
 	$(BENCH) -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.cost_report
 
+docs: .venv/.installed  ## the site, into site/; any warning fails
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
@@ -39,4 +43,4 @@ format: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .cache results
+	rm -rf .venv .cache results site

@@ -1,17 +1,28 @@
-"""What the documentation shows runs: the README's code and the notebooks."""
+"""What the documentation shows runs: the README's code, the pages and the notebooks."""
 
+import importlib.util
 import pathlib
 import re
+import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import pytest
+from matplotlib import pyplot
 
+import mtl_optax as mtl
 from mtl_optax import catalog
 
+mpl.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+BLOCK = re.compile(r'^```python(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(p.read_text("utf-8"))]
+PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
+PROCESSES = "jax.distributed.initialize"  # takes several processes
+OPTIONAL = ("equinox", "tensorboardX")  # of the extra "docs"
 
 
 def test_readme_example_trains():
@@ -45,6 +56,54 @@ def test_notebook_runs(path):
         nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any(output.output_type == "display_data" for output in outputs)
+
+
+def execute(text, file, scope):
+    """Runs the Python blocks of a page; a block titled as an error must raise it."""
+    for block in BLOCK.finditer(text):
+        title, code = block.groups()
+        absent = [m for m in OPTIONAL if f"import {m}" in code or f"from {m}" in code]
+        if (
+            title in PEERS
+            or PROCESSES in code
+            or any(importlib.util.find_spec(m) is None for m in absent)
+        ):
+            continue
+        # With its line numbers, for the traceback.
+        program = compile("\n" * text.count("\n", 0, block.start(2)) + code, file, "exec")
+        if title is None:
+            exec(program, scope)
+            continue
+        kind, message = title.split(": ", 1)
+        with pytest.raises(Exception, match=re.escape(message)) as raised:
+            exec(program, scope)
+        assert raised.type.__name__ == kind
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_page_runs(path):
+    execute(path.read_text(encoding="utf-8"), str(path), {"__name__": "page"})
+    pyplot.close("all")
+
+
+def test_names_for_users_of_other_libraries_are_ours():
+    text = (ROOT / "docs" / "migrating.md").read_text(encoding="utf-8")
+    calls = re.findall(r"`(mtl\.\w+\([^`]*\))`", text)
+    assert len(calls) > 40
+    for call in calls:
+        built = eval(call, {"mtl": mtl, "K": 3, "key": jax.random.key(0), "w": [1.0, 2.0, 3.0]})
+        assert hasattr(built, "update"), call
+
+
+def test_every_public_name_is_documented(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import _pages
+
+    public = {n for n, x in vars(mtl).items() if callable(x) and not n.startswith("_")}
+    assert public - _pages.documented() == set()
+    for path, text in _pages.pages().items():
+        execute(text, path, {"__name__": "page"})
+    sys.modules.pop("_pages")
 
 
 def test_readme_lists_the_catalog():
