@@ -1,6 +1,9 @@
 """From results to the numbers that the table, the plots and the report all show."""
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -201,3 +204,14 @@ def cells(results: dict[str, Any]) -> list[list[str]]:
         for row in lines
     ]
     return [header, *body]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table for a page: `python -m benchmarks.summary results.json` prints it."""
+    header, *body = [[cell.replace("\n", " ") for cell in line] for line in cells(results)]
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

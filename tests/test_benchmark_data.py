@@ -274,7 +274,7 @@ def test_the_solution_has_no_helmholtz_loss():
     dataset = pinn.helmholtz(num_points=50)
 
     def exact(points):
-        waves = jnp.sin(jnp.pi * points[..., :1]) * jnp.sin(4 * jnp.pi * points[..., 1:])
+        waves = jnp.sin(jnp.pi * points[..., :1]) * jnp.sin(2 * jnp.pi * points[..., 1:])
         return {"u": waves}
 
     outputs = dataset.predict(exact, dataset.train.inputs)

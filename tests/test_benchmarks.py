@@ -153,6 +153,9 @@ def test_numbers_of_the_table_follow_from_the_results(results, folder):
     np.testing.assert_allclose(rows["pcgrad"].rank.mean, mean_rank(every)[place].mean())
     areas = np.prod(100 * (accuracies(pcgrad) - every.min(axis=(0, 1))), axis=1)
     np.testing.assert_allclose(rows["pcgrad"].volume.mean, areas.mean(), rtol=1e-3)
+    header, rule, *body = summary.markdown(results).splitlines()
+    assert len(body) == len(rows)
+    assert len({line.count("|") for line in (header, rule, *body)}) == 1
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert rows["pcgrad"].metrics["left"].text(scale=100) in page
     assert html.escape(summary.conclusion(results)) in page
