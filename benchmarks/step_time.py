@@ -111,10 +111,16 @@ def _measure(name: str, options: Options, peer: Any, console: Console) -> dict[s
     }
 
 
+def labels_of(workloads: dict[str, Any]) -> list[str]:
+    """The rows that any of the workloads has, in the order of `GROUPS`."""
+    labels = [f"{framework}: {row}" for framework, rows in GROUPS.items() for row in rows]
+    return [label for label in labels if any(label in w["rows"] for w in workloads.values())]
+
+
 def tables_of(results: dict[str, Any]) -> list[Cells]:
     """What was measured, and how far it is from the targets."""
     workloads = results["workloads"]
-    labels = list(dict.fromkeys(label for w in workloads.values() for label in w["rows"]))
+    labels = labels_of(workloads)
 
     def each(title: str, cell: Callable[[dict[str, Any]], str], shown: list[str]) -> Cells:
         body = [

@@ -62,7 +62,10 @@ def test_compile_time_adds_its_stages(results):
 
 
 def test_report_draws_and_fills_the_page(results):
-    page = "\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in cost_report.PARTS)
+    calls = {"strategy": "mgda", "num_tasks": 2, "columns": 4, "seconds": [1e-3], "ratio": None}
+    aggregate_time = {"settings": {"columns": 4}, "rows": [{**calls, "gaps": [0.0]}]}
+    results = {**results, "aggregate_time": aggregate_time}
+    page = "\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in results)
     for name, (benchmark, draw) in cost_report.PARTS.items():
         (axis, *_) = draw(results[name]).axes
         assert axis.patches
