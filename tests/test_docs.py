@@ -1,6 +1,7 @@
 """What the documentation shows runs: the README's code, the pages and the notebooks."""
 
 import importlib.util
+import inspect
 import pathlib
 import re
 import sys
@@ -104,6 +105,19 @@ def test_every_public_name_is_documented(monkeypatch):
     for path, text in _pages.pages().items():
         execute(text, path, {"__name__": "page"})
     sys.modules.pop("_pages")
+
+
+def test_docstrings_become_markdown(monkeypatch):
+    pytest.importorskip("griffe", reason="comes with the extra docs")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from _docstrings import markdown
+
+    text = markdown(inspect.cleandoc(mtl.scale_by_dwa.__doc__))
+    assert "$$\n\\lambda_k = K" in text
+    assert "](https://arxiv.org/abs/1803.10704), 2019" in text
+    for name in dir(mtl):
+        left = markdown(getattr(mtl, name).__doc__ or "")
+        assert not re.search(r":math:|\.\. math|>`_", left), name
 
 
 def test_readme_lists_the_catalog():
