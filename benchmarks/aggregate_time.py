@@ -189,12 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(
         Options, args=argv, prog="python -m benchmarks.aggregate_time", description=__doc__
     )
-    console = Console()
-    results = run(options, console)
-    path = timing.save(options.name, results)
-    for cells in tables_of(results):
-        tables.show(console, cells)
-    console.print(f"results: {path}", soft_wrap=True)
+    tables.report(options.name, run, tables_of, options)
 
 
 if __name__ == "__main__":

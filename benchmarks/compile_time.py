@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import tables, timing
+from benchmarks import tables
 from benchmarks.steps import PLAIN, WAYS, train_step
 from benchmarks.tables import Cells
 from benchmarks.workloads import WORKLOADS
@@ -98,12 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(
         Options, args=argv, prog="python -m benchmarks.compile_time", description=__doc__
     )
-    console = Console()
-    results = run(options, console)
-    path = timing.save(options.name, results)
-    for cells in tables_of(results):
-        tables.show(console, cells)
-    console.print(f"results: {path}", soft_wrap=True)
+    tables.report(options.name, run, tables_of, options)
 
 
 if __name__ == "__main__":

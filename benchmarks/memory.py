@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import tables, timing
+from benchmarks import tables
 from benchmarks.steps import PLAIN, WAYS, Program
 from benchmarks.tables import Cells
 from benchmarks.workloads import WORKLOADS
@@ -111,12 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in options.rows:
             print(json.dumps(measure(options.workload, row, options.steps)))
         return
-    console = Console()
-    results = run(options, console)
-    path = timing.save(options.name, results)
-    for cells in tables_of(results):
-        tables.show(console, cells)
-    console.print(f"results: {path}", soft_wrap=True)
+    tables.report(options.name, run, tables_of, options)
 
 
 if __name__ == "__main__":

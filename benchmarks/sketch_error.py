@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 import mtl_optax as mtl
-from benchmarks import tables, timing
+from benchmarks import tables
 from benchmarks.tables import Cells
 from benchmarks.workloads import WORKLOADS
 
@@ -82,12 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     options = tyro.cli(
         Options, args=argv, prog="python -m benchmarks.sketch_error", description=__doc__
     )
-    console = Console()
-    results = run(options, console)
-    path = timing.save("sketch_error", results)
-    for cells in tables_of(results):
-        tables.show(console, cells)
-    console.print(f"results: {path}", soft_wrap=True)
+    tables.report("sketch_error", run, tables_of, options)
 
 
 if __name__ == "__main__":

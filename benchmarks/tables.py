@@ -1,12 +1,14 @@
 """The tables of the cost benchmarks: for the terminal, and as Markdown for the docs."""
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import timing
 
 
 class Cells(NamedTuple):
@@ -25,6 +27,21 @@ def show(console: Console, cells: Cells) -> None:
     for row in cells.rows:
         view.add_row(*row)
     console.print(view)
+
+
+def report(
+    name: str,
+    run: Callable[[Any, Console], dict[str, Any]],
+    tables_of: Callable[[dict[str, Any]], list[Cells]],
+    options: Any,
+) -> None:
+    """Runs a benchmark, keeps its results under `name` and shows its tables."""
+    console = Console()
+    results = run(options, console)
+    path = timing.save(name, results)
+    for cells in tables_of(results):
+        show(console, cells)
+    console.print(f"results: {path}", soft_wrap=True)
 
 
 def markdown(cells: Cells) -> str:
