@@ -83,6 +83,12 @@ class Jacobian(metaclass=_JacobianType):
     def __repr__(self) -> str:
         return f"mtl_optax.Jacobian of {self.names} ({_REMEDY})"
 
+    def __radd__(self, other: Any) -> Any:
+        # optax.apply_updates does this where a chain has no aggregator.
+        raise TypeError(f"{self!r}, can't be added to parameters")
+
+    __add__ = __radd__
+
     @property
     def shared(self) -> Any:
         """Which parameters the tasks share: a tree of bools like the parameters."""

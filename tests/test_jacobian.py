@@ -35,6 +35,14 @@ def reference_gramian(rows, leaves=lambda rows: rows["trunk"]):
     return np.asarray(flat, np.float64) @ np.asarray(flat, np.float64).T
 
 
+def test_adding_it_to_parameters_says_that_an_aggregator_is_missing():
+    params = jnp.ones(3)
+    _, jac = mtl.value_and_jac(lambda w: {"a": jnp.sum(w), "b": jnp.sum(w**2)})(params)
+    updates, _ = optax.sgd(0.1).update(jac, optax.sgd(0.1).init(params))
+    with pytest.raises(TypeError, match="put an aggregator"):
+        optax.apply_updates(params, updates)
+
+
 @pytest.mark.parametrize("mode", ROW_MODES)
 @pytest.mark.parametrize("jit", [False, True])
 def test_rows_pullback_and_gramian_match_jacrev(problem, mode, jit):
