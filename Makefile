@@ -9,7 +9,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
 
-test: .venv/.installed  ## lint, types, unit tests, doctests and the notebook
+test: .venv/.installed  ## lint, types, unit tests, doctests and the notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
