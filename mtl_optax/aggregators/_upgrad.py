@@ -1,9 +1,7 @@
 """UPGrad: every task gradient freed of conflict on its own, then averaged."""
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -14,7 +12,7 @@ from mtl_optax.aggregators._base import (
     solved_aggregator,
 )
 from mtl_optax.solvers._base import dot
-from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
+from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 
 def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -64,18 +62,9 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
-        # Batched factorisations are slow on a CPU: in turns the programs take a fifth of the time
-        # at K = 128. Elsewhere K programs in turns would be K times the latency.
-        solutions = jax.lax.platform_dependent(cosines, cpu=_in_turns, default=_at_once)
+        solutions = project_on_cosines(cosines)
         lift = raw_weights(dot(shares * norms, solutions.x), norms)
         return shares + lift, jnp.all(solutions.converged)
 
     return solved_aggregator(num_tasks, solve)
 
-
-def _in_turns(cosines):
-    return jax.lax.map(functools.partial(nonnegative_qp, cosines), cosines)
-
-
-def _at_once(cosines):
-    return jax.vmap(functools.partial(nonnegative_qp, cosines))(cosines)

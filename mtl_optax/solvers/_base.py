@@ -69,8 +69,14 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two up to x > 0, else 1: a scale that divides without rounding."""
-    return jnp.where(x > 0, jnp.ldexp(jnp.ones_like(x), jnp.frexp(x)[1] - 1), 1)
+    """The largest power of two up to x > 0, else 1: a scale that divides without rounding.
+
+    The bits of x less its mantissa; `jnp.frexp` and `jnp.ldexp` would compile to sixty operations.
+    """
+    limits, bits = jnp.finfo(x.dtype), jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    sign_and_exponent = jax.lax.bitcast_convert_type(x, bits) >> limits.nmant << limits.nmant
+    power = jnp.maximum(jax.lax.bitcast_convert_type(sign_and_exponent, x.dtype), limits.tiny)
+    return jnp.where((x > 0) & (x <= limits.max), power, 1)
 
 
 def smallest_ridge(C: jax.Array) -> jax.Array:

@@ -86,10 +86,30 @@ def _solve(Q, q, *, max_steps):
     bound = norm[:, None] * norm[None, :]
     C = jnp.clip((C + C.T) / 2, -bound, bound)
     q = q / s
-    flat_slope = jnp.where(curved, 0, jnp.abs(q))
     unit = _base.power_of_two(jnp.max(jnp.where(curved, jnp.abs(q), 0)))
-    q = q / unit
-    flat_slope = flat_slope / unit
+    x, residual, steps = _solve_scaled(C, q / unit, norm, max_steps)
+    x = jnp.minimum(x / s * unit * (q_unit / Q_unit), jnp.finfo(dtype).max)
+    return _base.result(x, residual, steps)
+
+
+def project_on_cosines(cosines: jax.Array, max_steps: int | None = None) -> _base.SolverResult:
+    """`nonnegative_qp(C, c)` of each row c of `(K, K)` cosines, whose scale needs no care."""
+    limit = _base.step_limit(max_steps, len(cosines))
+    norm = jnp.where(jnp.diagonal(cosines) > 0, 1, 0).astype(cosines.dtype)
+
+    def solve(q):
+        return _base.result(*_solve_scaled(cosines, q, norm, limit))
+
+    # Batched factorisations are slow on a CPU: in turns the programs take a fifth of the time at
+    # K = 128. Elsewhere K programs in turns would be K times the latency.
+    in_turns = functools.partial(jax.lax.map, solve)
+    return jax.lax.platform_dependent(cosines, cpu=in_turns, default=jax.vmap(solve))
+
+
+def _solve_scaled(C, q, norm, max_steps):
+    """The program whose C has about unit diagonal, its roots `norm`: x, residual and steps."""
+    curved = norm > 0
+    flat_slope = jnp.where(curved, 0, jnp.abs(q))
     steepest = jnp.max(jnp.where(curved, jnp.abs(q) / jnp.where(curved, norm, 1), 0))
 
     def gradient(x):
@@ -101,9 +121,7 @@ def _solve(Q, q, *, max_steps):
         return jnp.where(x > 0, jnp.abs(slope), -slope) / jnp.where(rounding > 0, rounding, 1)
 
     x, steps = _active_set(C, q, gradient, violation, curved, max_steps)
-    residual = jnp.maximum(jnp.max(violation(x)), 0)
-    x = jnp.minimum(x / s * unit * (q_unit / Q_unit), jnp.finfo(dtype).max)
-    return _base.result(x, residual, steps)
+    return x, jnp.maximum(jnp.max(violation(x)), 0), steps
 
 
 class _Search(NamedTuple):
