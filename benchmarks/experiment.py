@@ -5,6 +5,7 @@ Each finished strategy is saved, so an interrupted comparison goes on where it s
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -55,9 +56,7 @@ def run(
     if not dataset.judged:
         singles = {single(task.name): ((task,), EQUAL_WEIGHTS) for task in dataset.tasks}
         jobs = singles | jobs
-    # What the numbers depend on; the rest of `versions()` may differ.
-    facts = {"dataset": dataset.name, "settings": dataclasses.asdict(settings)}
-    facts |= {"versions": {name: versions()[name] for name in ("mtl-optax", "jax", "optax")}}
+    facts = _facts(dataset, settings)
     trainer = _Trainer(dataset, settings, on_progress, len(jobs))
     notes: dict[str, Notes] = {}
     for job, (tasks, name) in jobs.items():
@@ -177,6 +176,19 @@ def _window_means(curves: np.ndarray, settings: Settings) -> np.ndarray:
 
 def _windows(settings: Settings) -> list[np.ndarray]:
     return np.array_split(np.arange(settings.steps), min(NUM_WINDOWS, settings.steps))
+
+
+def _facts(dataset: Dataset, settings: Settings) -> dict[str, Any]:
+    """What the numbers depend on; the rest of `versions()` may differ."""
+    data = hashlib.sha256(usedforsecurity=False)
+    for array in jax.tree.leaves((dataset.train, dataset.validation, dataset.test)):
+        data.update(np.ascontiguousarray(array))
+    return {
+        "dataset": dataset.name,
+        "sha256": data.hexdigest(),
+        "settings": dataclasses.asdict(settings),
+        "versions": {name: versions()[name] for name in ("mtl-optax", "jax", "optax")},
+    }
 
 
 def _save(path: Path, notes: Notes, facts: dict[str, Any]) -> None:

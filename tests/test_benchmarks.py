@@ -3,7 +3,10 @@
 import dataclasses
 import html
 import json
+import multiprocessing
+import os
 import re
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +31,12 @@ SETTINGS = Settings(
     candidates=3,
 )
 STRATEGIES = ("dwa", "pcgrad")
+SIZES = (400, 100, 200)
 
 
 @pytest.fixture(scope="module")
 def dataset():
-    return multimnist(sizes=(400, 100, 200))
+    return multimnist(sizes=SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +180,28 @@ def test_equal_weights_is_the_plain_step(results, dataset):
     assert results["strategies"]["pcgrad"]["flops_ratio"] > 1.1
 
 
-def test_an_interrupted_run_goes_on_to_the_same_result(dataset, results, tmp_path):
+def train_until_killed(folder):
     seen = []
 
-    def interrupt(what, done, total):
+    def kill(what, done, total):
         seen.append((what, done))
         if seen[-2:-1] == [("training pcgrad", done - 1)]:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(KeyboardInterrupt):
-        experiment.run(dataset, STRATEGIES, SETTINGS, tmp_path, on_progress=interrupt)
+    experiment.run(multimnist(sizes=SIZES), STRATEGIES, SETTINGS, folder, on_progress=kill)
+
+
+def test_a_killed_run_goes_on_to_the_same_result(dataset, results, tmp_path):
+    process = multiprocessing.get_context("spawn").Process(
+        target=train_until_killed, args=(tmp_path,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     saved = {path.stem for path in tmp_path.iterdir()}
     assert saved == {"single_task_left", "single_task_right", "sum", "tuned_weights", "dwa"}
 
-    seen.clear()
+    seen = []
     again = experiment.run(
         dataset, STRATEGIES, SETTINGS, tmp_path, on_progress=lambda *report: seen.append(report)
     )
@@ -207,9 +219,14 @@ def test_an_interrupted_run_goes_on_to_the_same_result(dataset, results, tmp_pat
 
     assert timeless(json.loads(json.dumps(again))) == timeless(results)
 
-    # What was trained under other settings is not taken for these.
-    facts = {"dataset": "multimnist", "settings": {}}
-    assert experiment._load(tmp_path / "dwa.npz", facts) is None
+    # What was trained under other settings or on other data is not taken for these.
+    facts = experiment._facts(dataset, SETTINGS)
+    path = tmp_path / "dwa.npz"
+    assert experiment._load(path, facts) is not None
+    longer = dataclasses.replace(SETTINGS, steps=24)
+    assert experiment._load(path, experiment._facts(dataset, longer)) is None
+    flipped = dataclasses.replace(dataset, test=jax.tree.map(np.flip, dataset.test))
+    assert experiment._load(path, experiment._facts(flipped, SETTINGS)) is None
 
 
 def test_a_problem_judged_by_something_else_than_its_losses(tmp_path):
