@@ -21,7 +21,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 RUNS = [run[0] for two in (False, True) for run in worker.runs(two)]
 PARAMS = {name: list(leaf.shape) for name, leaf in worker.problem()[0].items()}
 SHARED, K = ("first", "second"), worker.K
-pytestmark = pytest.mark.xdist_group("tests.test_sharding")  # one worker, so that all runs are one
 
 
 @pytest.fixture(scope="module")

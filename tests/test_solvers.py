@@ -259,14 +259,14 @@ def test_optimality_conditions_hold(kind, dtype):
     assert result.num_steps.max() <= 64
 
 
-@pytest.mark.parametrize(("K", "limit"), [(8, 1e-6), (32, 1e-6), (100, 2e-6)])
-def test_duality_gap_of_random_gramians_is_tiny(K, limit):
+@pytest.mark.parametrize("K", [8, 32, 100])
+def test_duality_gap_of_random_gramians_is_tiny(K):
     rng = np.random.default_rng(K)
     for _ in range(4):
         J = rng.normal(size=(K, 2 * K)).astype(np.float32)
         x = solve_in(np.float32, solvers.simplex_qp, J @ J.T).x
         gradient = (J @ J.T).astype(np.float64) @ x
-        assert x @ gradient - gradient.min() <= limit * (x @ gradient)
+        assert x @ gradient - gradient.min() <= 4e-6 * (x @ gradient)
 
 
 # simplex_qp: scale -----------------------------------------------------------------------------
