@@ -182,7 +182,7 @@ def _facts(dataset: Dataset, settings: Settings) -> dict[str, Any]:
     """What the numbers depend on; the rest of `versions()` may differ."""
     data = hashlib.sha256(usedforsecurity=False)
     for array in jax.tree.leaves((dataset.train, dataset.validation, dataset.test)):
-        data.update(np.ascontiguousarray(array))
+        data.update(np.asarray(array).tobytes())
     return {
         "dataset": dataset.name,
         "sha256": data.hexdigest(),
