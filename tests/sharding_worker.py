@@ -98,7 +98,8 @@ def train_on_many(strategy, mesh, modes, *, manual=False):
     batch = jax.device_put(batch, placed(EXAMPLES))
     step = jax.jit(step, out_shardings=shardings).lower(*state, *batch).compile()
     for _ in range(STEPS):
-        state = step(*state, *batch)
+        # Devices that share a core may meet in different steps if steps are sent ahead.
+        state = jax.block_until_ready(step(*state, *batch))
     whole = jax.jit(lambda tree: tree, out_shardings=placed(P()))(state[0])
     return jax.tree.map(np.asarray, whole), step
 
