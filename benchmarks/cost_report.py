@@ -1,4 +1,4 @@
-"""Draws what the cost benchmarks measured, and writes their tables into docs/performance.md.
+"""Draws what the cost benchmarks measured, and writes their tables into the pages of the docs.
 
 Reads benchmarks/results alone; a benchmark that has not run leaves its part as it is.
 """
@@ -6,7 +6,7 @@ Reads benchmarks/results alone; a benchmark that has not run leaves its part as 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 
@@ -15,10 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from benchmarks import aggregate_time, compile_time, memory, step_time, tables, timing
+from benchmarks import aggregate_time, compile_time, memory, scaling, step_time, tables, timing
 from benchmarks.steps import PLAIN, WAYS
-from benchmarks.style import COLOURS, STYLE
+from benchmarks.style import COLOURS, MARKERS, STYLE, look
 from benchmarks.timing import OURS, PEER
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -39,7 +40,7 @@ def draw_step_time(results: dict[str, Any]) -> Figure:
     shown = sorted(labels, key=lambda label: order.index(groups[label]))
     figure, axes = _panels(len(workloads), len(shown))
     for axis, (name, workload) in zip(axes, workloads.items(), strict=True):
-        for framework, look in BARS.items():
+        for framework, bar in BARS.items():
             rows = {
                 y: workload["rows"][label]
                 for y, label in enumerate(shown)
@@ -48,7 +49,7 @@ def draw_step_time(results: dict[str, Any]) -> Figure:
             ratios = [row["ratio"] for row in rows.values()]
             quartiles = np.array([row["quartiles"] for row in rows.values()]).reshape(-1, 2)
             spread = np.abs(quartiles.T - ratios)
-            axis.barh(list(rows), ratios, xerr=spread, label=framework, ecolor="#444444", **look)
+            axis.barh(list(rows), ratios, xerr=spread, label=framework, ecolor="#444444", **bar)
         for group, limits in step_time.TARGETS.items():
             if name in limits:
                 ys = [y for y, label in enumerate(shown) if groups[label] == group]
@@ -73,11 +74,11 @@ def draw_aggregate_time(results: dict[str, Any]) -> Figure:
     rows = results["rows"]
     figure, (axis,) = _panels(1, round(1.6 * len(rows)))
     heights = np.arange(len(rows))
-    for i, (framework, look) in enumerate(BARS.items()):
+    for i, (framework, bar) in enumerate(BARS.items()):
         seconds = [row["seconds"][i] for row in rows if i < len(row["seconds"])]
         if seconds:
             ms = 1e3 * np.array(seconds)
-            axis.barh(heights + 0.4 * i - 0.2, ms, 0.38, label=framework, log=True, **look)
+            axis.barh(heights + 0.4 * i - 0.2, ms, 0.38, label=framework, log=True, **bar)
     names = [f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,}" for row in rows]
     axis.set_yticks(heights, names)
     axis.invert_yaxis()
@@ -123,19 +124,44 @@ def draw_compile_time(results: dict[str, Any]) -> Figure:
     return figure
 
 
-PARTS: dict[str, tuple[Any, Callable[[dict[str, Any]], Figure]]] = {
-    "step_time": (step_time, draw_step_time),
-    "aggregate_time": (aggregate_time, draw_aggregate_time),
-    "memory": (memory, draw_memory),
-    "compile_time": (compile_time, draw_compile_time),
+def draw_scaling(results: dict[str, Any]) -> Figure:
+    """Three panels: time against K, memory against P, memory a device against devices."""
+    panels = (("tasks", "seconds"), ("params", "temp_bytes"), ("devices", "temp_bytes"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(11.5, 4.2))
+    for axis, (part, key) in zip(axes, panels, strict=True):
+        xs = results[part]["x"]
+        for i, (way, ys) in enumerate(results[part][key].items()):
+            axis.loglog(xs, ys, marker=MARKERS[i], label=way, **look(i))
+        axis.set_xlabel(scaling.X_LABELS[part])
+        axis.set_title(scaling.QUANTITIES[key])
+        if part != "params":
+            axis.set_xticks(xs, [str(x) for x in xs])
+            axis.xaxis.set_minor_locator(NullLocator())
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+class Part(NamedTuple):
+    """A benchmark, its picture, and the page that shows both."""
+
+    benchmark: Any
+    draw: Callable[[dict[str, Any]], Figure]
+    page: str = "performance.md"
+
+
+PARTS = {
+    "step_time": Part(step_time, draw_step_time),
+    "aggregate_time": Part(aggregate_time, draw_aggregate_time),
+    "memory": Part(memory, draw_memory),
+    "compile_time": Part(compile_time, draw_compile_time),
+    "scaling": Part(scaling, draw_scaling, "scaling.md"),
 }
 
 
 def main() -> None:
     """Runs the command line."""
-    page = DOCS / "performance.md"
-    document = page.read_text(encoding="utf-8")
-    for name, (benchmark, draw) in PARTS.items():
+    for name, (benchmark, draw, page) in PARTS.items():
         file = timing.RESULTS / f"{name}.json"
         if not file.exists():
             print(f"{file} is missing: run python -m benchmarks.{name}")
@@ -147,9 +173,10 @@ def main() -> None:
             plt.close(figure)
         where = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
         parts = [tables.markdown(cells) for cells in benchmark.tables_of(results)]
-        document = tables.fill(document, name, "\n\n".join([*parts, f"Measured with {where}."]))
-    page.write_text(document, encoding="utf-8")
-    print(f"written: {page} and its pictures in {DOCS / 'images'}")
+        text = "\n\n".join([*parts, f"Measured with {where}."])
+        document = (DOCS / page).read_text(encoding="utf-8")
+        (DOCS / page).write_text(tables.fill(document, name, text), encoding="utf-8")
+        print(f"written: {name} in {DOCS / page}, and its picture")
 
 
 def _panels(count: int, bars: int) -> tuple[Figure, list[Axes]]:

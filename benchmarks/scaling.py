@@ -2,7 +2,7 @@
 
 Tasks: wall time, and floating-point operations as compiled. Parameters and devices: what the
 compiler says a step allocates and moves, without running it; the devices are simulated. Then the
-same for one billion parameters. Writes results/scaling.json and docs/images/scaling.png.
+same for one billion parameters. `python -m benchmarks.cost_report` draws the results.
 """
 
 import collections
@@ -14,26 +14,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.progress import track
 
 import mtl_optax as mtl
 from benchmarks import tables, timing
-from benchmarks.style import MARKERS, STYLE, look
+from benchmarks.tables import Cells
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "scaling.png"
 # IMTL-G asks for no more than the Gramian, and its own K x K program is among the smallest.
 WAYS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
     "plain": ("sum", lambda w: mtl.value_and_jac(w.losses)),
@@ -44,6 +39,21 @@ WAYS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
     "rows": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, rows="batched")),
 }
 LOOPS = ("ghost", "columns")  # over the tasks: the compiler counts their operations once
+# What is fitted: which cost against what.
+SLOPES = (
+    ("tasks", "flops"),
+    ("tasks", "seconds"),
+    ("params", "temp_bytes"),
+    ("devices", "state_bytes"),
+    ("devices", "temp_bytes"),
+)
+X_LABELS = {"tasks": "tasks K", "params": "trunk parameters P", "devices": "devices"}
+QUANTITIES = {
+    "flops": "operations as compiled",
+    "seconds": "seconds",
+    "temp_bytes": "bytes beside the state, a device",
+    "state_bytes": "bytes of state, a device",
+}
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -236,13 +246,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             for way, ys in results[part][key].items()
             if min(ys) > 0
         }
-        for part, key in (
-            ("tasks", "flops"),
-            ("tasks", "seconds"),
-            ("params", "temp_bytes"),
-            ("devices", "state_bytes"),
-            ("devices", "temp_bytes"),
-        )
+        for part, key in SLOPES
     }
     return {"settings": dataclasses.asdict(options), **results}
 
@@ -277,31 +281,22 @@ def compiled(options: Options) -> dict[str, Any]:
     return parts
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Three panels: time against K, memory against P, memory a device against devices."""
-    mpl.use("Agg")
-    panels = (
-        ("tasks", "seconds", "number of tasks K", "seconds a step"),
-        ("params", "temp_bytes", "trunk parameters P", "bytes beside the state"),
-        ("devices", "temp_bytes", "devices", "bytes beside the state, a device"),
-    )
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(11.5, 4.2))
-        for axis, (part, key, x_label, y_label) in zip(axes, panels, strict=True):
-            xs = results[part]["x"]
-            for i, (way, ys) in enumerate(results[part][key].items()):
-                axis.loglog(xs, ys, marker=MARKERS[i], label=way, **look(i))
-            axis.set_xlabel(x_label)
-            axis.set_title(y_label)
-            if part != "params":
-                axis.set_xticks(xs, [str(x) for x in xs])
-                axis.xaxis.set_minor_locator(NullLocator())
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS)
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+def tables_of(results: dict[str, Any]) -> list[Cells]:
+    """The exponents, and what a step of the plan takes."""
+    slopes = [
+        [
+            f"{QUANTITIES[key]}, against {X_LABELS[part]}",
+            *(f"{found[way]:.2f}" if way in found else "" for way in WAYS),
+        ]
+        for (part, key), found in zip(SLOPES, results["slopes"].values(), strict=True)
+    ]
+    tables = [Cells("The power of x that a cost grows with", ["cost, against x", *WAYS], slopes)]
+    if plan := results.get("plan"):
+        sizes = ("state_bytes", "temp_bytes", "moved_bytes")
+        rows = [[way, *(f"{plan[way][key] / 1e9:.1f} GB" for key in sizes)] for way in WAYS]
+        title = "A step of the plan, on each device"
+        tables.append(Cells(title, ["way", "state", "beside it", "moved"], rows))
+    return tables
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,17 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.compiled_only:
         print(json.dumps(compiled(options)))
         return
-    console = Console()
-    results = run(options, console)
-    path = timing.save("scaling", results)
-    draw(results, PICTURE)
-    ways = list(WAYS)
-    rows = [
-        (name, *(f"{found[way]:.2f}" if way in found else "" for way in ways))
-        for name, found in results["slopes"].items()
-    ]
-    tables.show(console, tables.Cells("Slopes: cost grows as x to this power", ["", *ways], rows))
-    console.print(f"results: {path}, picture: {PICTURE}", soft_wrap=True)
+    tables.report("scaling", run, tables_of, options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compile_time, cost_report, memory, step_time, tables, timing
+from benchmarks import compile_time, cost_report, memory, scaling, step_time, tables, timing
 from benchmarks.steps import EXACT, PLAIN, WAYS
 from benchmarks.workloads import WORKLOADS
 
@@ -64,17 +64,23 @@ def test_compile_time_adds_its_stages(results):
 def test_report_draws_and_fills_the_page(results):
     calls = {"strategy": "mgda", "num_tasks": 2, "columns": 4, "seconds": [1e-3], "ratio": None}
     aggregate_time = {"settings": {"columns": 4}, "rows": [{**calls, "gaps": [0.0]}]}
-    results = {**results, "aggregate_time": aggregate_time}
+    committed = json.loads((timing.RESULTS / "scaling.json").read_text(encoding="utf-8"))
+    results = {**results, "aggregate_time": aggregate_time, "scaling": committed}
     page = "\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in results)
-    for name, (benchmark, draw) in cost_report.PARTS.items():
+    for name, (benchmark, draw, _) in cost_report.PARTS.items():
         (axis, *_) = draw(results[name]).axes
-        assert axis.patches
+        assert axis.patches or axis.lines
         text = "\n".join(tables.markdown(cells) for cells in benchmark.tables_of(results[name]))
         page = tables.fill(page, name, text)
     assert "old" not in page
     assert "| mtl_optax: upgrad, ghost | " in page
     with pytest.raises(ValueError, match="<!-- other -->"):
         tables.fill(page, "other", "")
+
+
+def test_growth_is_the_slope_of_logarithms():
+    xs = [2, 8, 32, 128]
+    assert scaling.slope(xs, [5 * x**1.5 for x in xs]) == pytest.approx(1.5)
 
 
 def test_targets_name_what_is_measured():
