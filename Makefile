@@ -29,7 +29,6 @@ bench: .venv/.installed  ## cost of steps, aggregators, memory, compiling and sc
 	$(BIN)/python -m benchmarks.cost_report
 
 docs: .venv/.installed  ## the site, into site/; any warning fails
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/.installed
