@@ -25,11 +25,16 @@ def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
     return (rows.astype(scales.dtype) * scales).astype(rows.dtype)
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes that x varies over inside `shard_map`."""
+    aval: Any = jax.typeof(x)
+    # `vma` up to JAX 0.9
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
 def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """`jax.lax.psum` or `pmax` of x over the mesh axes that it varies over inside `shard_map`."""
-    aval = jax.typeof(x)
-    # `vma` up to JAX 0.9
-    axes = aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+    axes = varying_axes(x)
     return reduce(x, tuple(axes)) if axes else x
 
 

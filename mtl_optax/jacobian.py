@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mtl_optax._ghost import Sketch, Taps, tap, total
 from mtl_optax._linear_map import ROW_MODES, LinearMap, RowMode, once
-from mtl_optax._rows import mix, scale_rows, scaled_products
+from mtl_optax._rows import mix, scale_rows, scaled_products, varying_axes
 
 GramianMode = Literal["rows", "ghost", "columns"] | Sketch
 GRAMIAN_MODES = ("rows", "ghost", "columns")
@@ -576,7 +576,8 @@ def value_and_jac(
 
     Raises:
       TypeError: if a parameter or a loss is not of a real floating-point type.
-      ValueError: if a named loss is not a scalar, or a mask does not fit the parameters.
+      ValueError: if a named loss is not a scalar, a mask does not fit the parameters, or a loss
+        inside `jax.shard_map` was not reduced over the devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -602,6 +603,7 @@ def value_and_jac(
             lambda p: loss_fn(p, *args, **kwargs), params, has_aux=has_aux
         )
         check_losses(losses)
+        _check_reduced(losses, params)
         linear_map = LinearMap.of(linear_fn, params)
         layout = _Layout.of(params, losses, linear_map.touches, shared, gramian_at, rows, gramian)
         sketch = gramian if isinstance(gramian, Sketch) else None
@@ -642,7 +644,8 @@ def value_and_feature_jac(
 
     Raises:
       TypeError: if a parameter or a loss is not of a real floating-point type.
-      ValueError: if a named loss is not a scalar, or a mask does not fit the parameters.
+      ValueError: if a named loss is not a scalar, a mask does not fit the parameters, or a loss
+        inside `jax.shard_map` was not reduced over the devices.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -668,6 +671,7 @@ def value_and_feature_jac(
             lambda p, z: decode_fn(p, z, *args, **kwargs), params, features, has_aux=has_aux
         )
         check_losses(losses)
+        _check_reduced(losses, params)
         linear_map = LinearMap.of(lambda t: decode_linear(t, encode_linear(t)), params)
         probe = LinearMap.of(lambda t: decode_linear(*t), (params, features))
         layout = _Layout.of(params, losses, linear_map.touches, shared, None, rows)
@@ -826,6 +830,19 @@ def _check_params(params: Any) -> None:
                 f"parameter {jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, "
                 "expected a real floating-point array: pass everything that is not trained as a "
                 "further argument of the loss function"
+            )
+
+
+def _check_reduced(losses: Any, params: Any) -> None:
+    """Raises where a loss differs between devices that hold the same parameters."""
+    known = frozenset().union(*map(varying_axes, jax.tree.leaves(params)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(losses):
+        if axes := varying_axes(leaf) - known:
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "0"
+            raise ValueError(
+                f"task {name!r} has another loss on each shard of the mesh axes {sorted(axes)}, "
+                "where the parameters are the same: average it inside the loss function with "
+                f"jax.lax.pmean(loss, {tuple(sorted(axes))})"
             )
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import AxisType, PartitionSpec as P
 
 import mtl_optax as mtl
 from tests.problems import mlp_batch, mlp_losses, mlp_params
@@ -595,3 +596,21 @@ def test_mistakes_say_what_to_do(call, error, parts):
     with pytest.raises(error) as caught:
         call()
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_loss_that_was_not_averaged_over_devices_is_named():
+    mesh = jax.make_mesh((1,), ("devices",), axis_types=(AxisType.Auto,))
+
+    def direction(w, x, reduce):
+        loss_fn = lambda w: {"a": reduce(jnp.mean(w * x)), "b": jnp.sum(w**2)}  # noqa: E731
+        _, jac = mtl.value_and_jac(loss_fn)(w)
+        return jac.combine(1.0)
+
+    def run(reduce):
+        each = functools.partial(direction, reduce=reduce)
+        mapped = jax.shard_map(each, mesh=mesh, in_specs=(P(), P("devices")), out_specs=P())
+        return mapped(jnp.ones(2), jnp.ones(2))
+
+    with pytest.raises(ValueError, match=r"task 'a'.*\['devices'\].*jax.lax.pmean"):
+        run(lambda loss: loss)
+    np.testing.assert_allclose(run(lambda loss: jax.lax.pmean(loss, "devices")), 2.5)

@@ -67,4 +67,3 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
         return shares + lift, jnp.all(solutions.converged)
 
     return solved_aggregator(num_tasks, solve)
-
