@@ -170,9 +170,6 @@ def plane(results: dict[str, Any]) -> Figure | None:
         x_scale * candidates[0], y_scale * candidates[1], "+", color="#777777",
         label="random weights × rates", zorder=1,
     )  # fmt: skip
-    others = [r for r in strategies if r not in marked]
-    if others:
-        points(others, marker=".", color="#999999", label="other strategies")
     for i, row in enumerate(marked):
         colour = "black" if row.name in references else COLOURS[i % (len(COLOURS) - 1)]
         hollow = row.kind == "aggregator" and row.name not in references
@@ -185,12 +182,27 @@ def plane(results: dict[str, Any]) -> Figure | None:
             markeredgewidth=1.5,
             label=row.label,
         )
+    others = [r for r in strategies if r not in marked]
     for set_limits, scale, task, some in (
         (axis.set_xlim, x_scale, x_task, candidates[0]),
         (axis.set_ylim, y_scale, y_task, candidates[1]),
     ):
-        means = [r.metrics[task].mean for r in lines]
-        _limit(set_limits, scale * np.array([*means, *some]))
+        # Of many strategies the best are close together: they fill the picture.
+        shown = [r.metrics[task].mean for r in lines if r not in others]
+        _limit(set_limits, scale * np.array(shown if others else [*shown, *some]))
+    if others:
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        outside = sum(
+            not (
+                left <= x_scale * r.metrics[x_task].mean <= right
+                and bottom <= y_scale * r.metrics[y_task].mean <= top
+            )
+            for r in others
+        )
+        label = f"other strategies ({outside} outside)" if outside else "other strategies"
+        points(others, marker=".", color="#999999", label=label, zorder=1)
+        axis.set_xlim(left, right)
+        axis.set_ylim(bottom, top)
     axis.set_xlabel(f"{x_task}: {_label(results, x_task)}")
     axis.set_ylabel(f"{y_task}: {_label(results, y_task)}")
     figure.legend(
