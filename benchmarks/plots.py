@@ -153,10 +153,13 @@ def plane(results: dict[str, Any]) -> Figure | None:
     _reference_lines(axis.axhline, results, lines, y_task, labelled=False)
     x_scale, y_scale = (_scale(results, task) for task in (x_task, y_task))
 
+    def means(rows: list[summary.Row]) -> list[np.ndarray]:
+        pairs = ((x_task, x_scale), (y_task, y_scale))
+        return [scale * np.array([r.metrics[task].mean for r in rows]) for task, scale in pairs]
+
     def points(rows: list[summary.Row], **style: Any) -> None:
         axis.errorbar(
-            [x_scale * r.metrics[x_task].mean for r in rows],
-            [y_scale * r.metrics[y_task].mean for r in rows],
+            *means(rows),
             xerr=[x_scale * np.nan_to_num(r.metrics[x_task].error) for r in rows],
             yerr=[y_scale * np.nan_to_num(r.metrics[y_task].error) for r in rows],
             ecolor="#aaaaaa",
@@ -165,11 +168,27 @@ def plane(results: dict[str, Any]) -> Figure | None:
             **style,
         )
 
-    candidates = [np.array(results["candidates"][t]) for t in (x_task, y_task)]
-    axis.plot(
-        x_scale * candidates[0], y_scale * candidates[1], "+", color="#777777",
-        label="random weights × rates", zorder=1,
-    )  # fmt: skip
+    # The best are close together: they fill the picture, and what lies outside is counted.
+    shown = [r for r in lines if r in marked or r.name == summary.SINGLE_TASK]
+    for set_limits, values in zip((axis.set_xlim, axis.set_ylim), means(shown), strict=True):
+        _limit(set_limits, values)
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+
+    def counted(label: str, x: np.ndarray, y: np.ndarray) -> str:
+        inside = (left <= x) & (x <= right) & (bottom <= y) & (y <= top)
+        outside = len(x) - int(np.sum(inside))
+        count = f"{outside} " if len(x) > 1 else ""
+        return f"{label} ({count}outside)" if outside else label
+
+    x, y = (
+        scale * np.array(results["candidates"][task])
+        for task, scale in ((x_task, x_scale), (y_task, y_scale))
+    )
+    label = counted("random weights × rates", x, y)
+    axis.plot(x, y, "+", color="#777777", label=label, zorder=1)
+    if others := [r for r in strategies if r not in marked]:
+        label = counted("other strategies", *means(others))
+        points(others, marker=".", color="#999999", label=label, zorder=1)
     for i, row in enumerate(marked):
         colour = "black" if row.name in references else COLOURS[i % (len(COLOURS) - 1)]
         hollow = row.kind == "aggregator" and row.name not in references
@@ -180,29 +199,8 @@ def plane(results: dict[str, Any]) -> Figure | None:
             markersize=8,
             markerfacecolor="white" if hollow else colour,
             markeredgewidth=1.5,
-            label=row.label,
+            label=counted(row.label, *means([row])),
         )
-    others = [r for r in strategies if r not in marked]
-    for set_limits, scale, task, some in (
-        (axis.set_xlim, x_scale, x_task, candidates[0]),
-        (axis.set_ylim, y_scale, y_task, candidates[1]),
-    ):
-        # Of many strategies the best are close together: they fill the picture.
-        shown = [r.metrics[task].mean for r in lines if r not in others]
-        _limit(set_limits, scale * np.array(shown if others else [*shown, *some]))
-    if others:
-        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-        outside = sum(
-            not (
-                left <= x_scale * r.metrics[x_task].mean <= right
-                and bottom <= y_scale * r.metrics[y_task].mean <= top
-            )
-            for r in others
-        )
-        label = f"other strategies ({outside} outside)" if outside else "other strategies"
-        points(others, marker=".", color="#999999", label=label, zorder=1)
-        axis.set_xlim(left, right)
-        axis.set_ylim(bottom, top)
     axis.set_xlabel(f"{x_task}: {_label(results, x_task)}")
     axis.set_ylabel(f"{y_task}: {_label(results, y_task)}")
     figure.legend(
