@@ -9,12 +9,11 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
 
-# What the tests compile runs for an instant: optimising it would take longer than it saves.
 test: .venv/.installed  ## lint, types, unit tests, doctests and the notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" \
+	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \
 	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # A Python with the extra "bench", which adds TorchJD; without it only our side runs.

@@ -29,7 +29,8 @@ def results():
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     # What the machine code is optimised for does not matter here, what compiling it takes does.
-    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"} | os.environ
+    env |= {"JAX_PLATFORMS": "cpu"}
     commands = [[], [address, "0"], [address, "1"]]
     processes = [
         subprocess.Popen(
