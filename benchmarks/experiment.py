@@ -182,12 +182,13 @@ def _facts(dataset: Dataset, settings: Settings) -> dict[str, Any]:
     """What the numbers depend on; the rest of `versions()` may differ."""
     data = hashlib.sha256(usedforsecurity=False)
     for array in jax.tree.leaves((dataset.train, dataset.validation, dataset.test)):
-        data.update(np.asarray(array).tobytes())
+        data.update(np.ascontiguousarray(array).data)
+    found = versions()
     return {
         "dataset": dataset.name,
         "sha256": data.hexdigest(),
         "settings": dataclasses.asdict(settings),
-        "versions": {name: versions()[name] for name in ("mtl-optax", "jax", "optax")},
+        "versions": {name: found[name] for name in ("mtl-optax", "jax", "optax")},
     }
 
 

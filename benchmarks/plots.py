@@ -1,5 +1,6 @@
 """The pictures of a comparison, from results alone; they read in grey as well as in colour."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +152,19 @@ def plane(results: dict[str, Any]) -> Figure | None:
     figure, axis = plt.subplots(figsize=(8.6, 5.4))
     _reference_lines(axis.axvline, results, lines, x_task)
     _reference_lines(axis.axhline, results, lines, y_task, labelled=False)
-    x_scale, y_scale = (_scale(results, task) for task in (x_task, y_task))
+
+    def both(values: Callable[[str], Any]) -> list[np.ndarray]:
+        return [_scale(results, task) * np.array(values(task)) for task in (x_task, y_task)]
 
     def means(rows: list[summary.Row]) -> list[np.ndarray]:
-        pairs = ((x_task, x_scale), (y_task, y_scale))
-        return [scale * np.array([r.metrics[task].mean for r in rows]) for task, scale in pairs]
+        return both(lambda task: [r.metrics[task].mean for r in rows])
 
     def points(rows: list[summary.Row], **style: Any) -> None:
+        x_error, y_error = both(lambda task: [r.metrics[task].error for r in rows])
         axis.errorbar(
             *means(rows),
-            xerr=[x_scale * np.nan_to_num(r.metrics[x_task].error) for r in rows],
-            yerr=[y_scale * np.nan_to_num(r.metrics[y_task].error) for r in rows],
+            xerr=np.nan_to_num(x_error),
+            yerr=np.nan_to_num(y_error),
             ecolor="#aaaaaa",
             elinewidth=0.8,
             linestyle="none",
@@ -180,12 +183,9 @@ def plane(results: dict[str, Any]) -> Figure | None:
         count = f"{outside} " if len(x) > 1 else ""
         return f"{label} ({count}outside)" if outside else label
 
-    x, y = (
-        scale * np.array(results["candidates"][task])
-        for task, scale in ((x_task, x_scale), (y_task, y_scale))
-    )
-    label = counted("random weights × rates", x, y)
-    axis.plot(x, y, "+", color="#777777", label=label, zorder=1)
+    candidates = both(lambda task: results["candidates"][task])
+    label = counted("random weights × rates", *candidates)
+    axis.plot(*candidates, "+", color="#777777", label=label, zorder=1)
     if others := [r for r in strategies if r not in marked]:
         label = counted("other strategies", *means(others))
         points(others, marker=".", color="#999999", label=label, zorder=1)

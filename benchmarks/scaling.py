@@ -290,13 +290,13 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
         ]
         for (part, key), found in zip(SLOPES, results["slopes"].values(), strict=True)
     ]
-    tables = [Cells("The power of x that a cost grows with", ["cost, against x", *WAYS], slopes)]
+    cells = [Cells("The power of x that a cost grows with", ["cost, against x", *WAYS], slopes)]
     if plan := results.get("plan"):
         sizes = ("state_bytes", "temp_bytes", "moved_bytes")
         rows = [[way, *(f"{plan[way][key] / 1e9:.1f} GB" for key in sizes)] for way in WAYS]
         title = "A step of the plan, on each device"
-        tables.append(Cells(title, ["way", "state", "beside it", "moved"], rows))
-    return tables
+        cells.append(Cells(title, ["way", "state", "beside it", "moved"], rows))
+    return cells
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def test_report_draws_and_fills_the_page(results):
     page = "\n".join(f"<!-- {name} -->\nold\n<!-- /{name} -->" for name in results)
     for name, (benchmark, draw, _) in cost_report.PARTS.items():
         (axis, *_) = draw(results[name]).axes
-        assert axis.patches or axis.lines
+        assert axis.lines if name == "scaling" else axis.patches
         text = "\n".join(tables.markdown(cells) for cells in benchmark.tables_of(results[name]))
         page = tables.fill(page, name, text)
     assert "old" not in page

@@ -259,14 +259,18 @@ def test_optimality_conditions_hold(kind, dtype):
     assert result.num_steps.max() <= 64
 
 
-@pytest.mark.parametrize("K", [8, 32, 100])
-def test_duality_gap_of_random_gramians_is_tiny(K):
+@pytest.mark.parametrize(("K", "limit"), [(8, 1e-6), (32, 1e-6), (100, 2e-6)])
+def test_duality_gap_of_random_gramians_is_tiny(K, limit):
     rng = np.random.default_rng(K)
+    # At a few eps the order of sums decides: optimised, as users run it, whatever the tests do.
+    optimised = {"xla_backend_optimization_level": 3}
+    shape = jax.ShapeDtypeStruct((K, K), np.float32)
+    solve = jax.jit(solvers.simplex_qp).lower(shape).compile(compiler_options=optimised)
     for _ in range(4):
         J = rng.normal(size=(K, 2 * K)).astype(np.float32)
-        x = solve_in(np.float32, solvers.simplex_qp, J @ J.T).x
+        x = np.asarray(solve(J @ J.T).x, np.float64)
         gradient = (J @ J.T).astype(np.float64) @ x
-        assert x @ gradient - gradient.min() <= 4e-6 * (x @ gradient)
+        assert x @ gradient - gradient.min() <= limit * (x @ gradient)
 
 
 # simplex_qp: scale -----------------------------------------------------------------------------

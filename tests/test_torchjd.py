@@ -27,8 +27,8 @@ PROJECTOR = {"norm_eps": 1e-12, "reg_eps": 1e-12}
 
 # Ours, theirs, and how far the losses may be apart, relative.
 PAIRS = {
-    "mean": (mtl.mean_tasks, lambda: aggregation.Mean(), 1e-6),
-    "sum": (mtl.sum_tasks, lambda: aggregation.Sum(), 1e-6),
+    "mean": (mtl.mean_tasks, aggregation.Mean, 1e-6),
+    "sum": (mtl.sum_tasks, aggregation.Sum, 1e-6),
     "upgrad": (
         lambda: mtl.upgrad(3),
         lambda: aggregation.UPGrad(projector=linalg.QuadprogProjector(**PROJECTOR)),
@@ -39,9 +39,9 @@ PAIRS = {
         lambda: aggregation.DualProj(projector=linalg.QuadprogProjector(**PROJECTOR)),
         1e-6,
     ),
-    "imtl_g": (lambda: mtl.imtl_g(3), lambda: aggregation.IMTLG(), 1e-6),
-    "aligned_mtl": (lambda: mtl.aligned_mtl(3), lambda: aggregation.AlignedMTL(), 1e-6),
-    "conflict_free": (lambda: mtl.conflict_free(3), lambda: aggregation.ConFIG(), 1e-6),
+    "imtl_g": (lambda: mtl.imtl_g(3), aggregation.IMTLG, 1e-6),
+    "aligned_mtl": (lambda: mtl.aligned_mtl(3), aggregation.AlignedMTL, 1e-6),
+    "conflict_free": (lambda: mtl.conflict_free(3), aggregation.ConFIG, 1e-6),
     # Frank-Wolfe and a conic solver stop early. By default the former does so after 100 iterations,
     # which lets losses drift apart by 2 %.
     "mgda": (

@@ -92,13 +92,13 @@ def _solve(Q, q, *, max_steps):
     return _base.result(x, residual, steps)
 
 
-def project_on_cosines(cosines: jax.Array, max_steps: int | None = None) -> _base.SolverResult:
+def project_on_cosines(cosines: jax.Array) -> _base.SolverResult:
     """`nonnegative_qp(C, c)` of each row c of `(K, K)` cosines, whose scale needs no care."""
-    limit = _base.step_limit(max_steps, len(cosines))
+    max_steps = _base.step_limit(None, len(cosines))
     norm = jnp.where(jnp.diagonal(cosines) > 0, 1, 0).astype(cosines.dtype)
 
     def solve(q):
-        return _base.result(*_solve_scaled(cosines, q, norm, limit))
+        return _base.result(*_solve_scaled(cosines, q, norm, max_steps))
 
     # Batched factorisations are slow on a CPU: in turns the programs take a fifth of the time at
     # K = 128. Elsewhere K programs in turns would be K times the latency.
