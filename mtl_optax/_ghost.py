@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from mtl_optax import _program as program
 from mtl_optax._linear_map import LinearMap
+from mtl_optax._numerics import power_of_two
 from mtl_optax._rows import scaled_products
-from mtl_optax.solvers._base import power_of_two
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # What moves or widens the entries of a parameter and leaves all inner products as they are.

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mtl_optax import _program as program
+from mtl_optax._numerics import power_of_two
 from mtl_optax._rows import mix, over_shards, scale_rows
-from mtl_optax.solvers._base import power_of_two
 
 RowMode = Literal["isolated", "batched", "sequential"]
 ROW_MODES = get_args(RowMode)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.solvers._base import dot, power_of_two
+from mtl_optax._numerics import dot, power_of_two
 
 # Columns that a CPU multiplies at a time.
 _BLOCK = 8192

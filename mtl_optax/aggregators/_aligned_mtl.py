@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_choice, preference_vector
+from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import (
     check_preference,
     factors,
     relative_norms,
     solved_aggregator,
 )
-from mtl_optax.solvers._base import dot
 
 SCALES = ("min", "median", "rmse")
 

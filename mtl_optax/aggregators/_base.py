@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link
+from mtl_optax._numerics import dot
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.solvers._base import dot
 
 
 class SolvedState(NamedTuple):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import preference_vector
+from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import (
     check_preference,
     pseudo_solve,
@@ -13,7 +14,6 @@ from mtl_optax.aggregators._base import (
     relative_norms,
     solved_aggregator,
 )
-from mtl_optax.solvers._base import dot
 
 
 def conflict_free(

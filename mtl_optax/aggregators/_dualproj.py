@@ -5,13 +5,13 @@ from typing import Any
 import optax
 
 from mtl_optax._links import preference_vector
+from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import (
     check_preference,
     raw_weights,
     relative_norms,
     solved_aggregator,
 )
-from mtl_optax.solvers._base import dot
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import raw_weights
-from mtl_optax.solvers._base import dot
 
 
 class GradvacState(NamedTuple):

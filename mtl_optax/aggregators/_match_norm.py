@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_choice, link
-from mtl_optax.solvers._base import power_of_two
+from mtl_optax._numerics import power_of_two
 
 TARGETS = ("mean", "sum")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, link
-from mtl_optax.solvers._base import dot
+from mtl_optax._numerics import dot
 
 
 class PcgradState(NamedTuple):

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import preference_vector
+from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import (
     check_preference,
     raw_weights,
     solved_aggregator,
 )
-from mtl_optax.solvers._base import dot
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 

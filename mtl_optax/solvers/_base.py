@@ -63,22 +63,6 @@ def solver_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in full precision (the TPU default is bfloat16)."""
-    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def power_of_two(x: jax.Array) -> jax.Array:
-    """The largest power of two up to x > 0, else 1: a scale that divides without rounding.
-
-    The bits of x less its mantissa; `jnp.frexp` and `jnp.ldexp` would compile to sixty operations.
-    """
-    limits, bits = jnp.finfo(x.dtype), jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    sign_and_exponent = jax.lax.bitcast_convert_type(x, bits) >> limits.nmant << limits.nmant
-    power = jnp.maximum(jax.lax.bitcast_convert_type(sign_and_exponent, x.dtype), limits.tiny)
-    return jnp.where((x > 0) & (x <= limits.max), power, 1)
-
-
 def smallest_ridge(C: jax.Array) -> jax.Array:
     """A ridge just large enough to factor every principal block of a matrix of about unit diagonal.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.scipy as jsp
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -75,28 +76,28 @@ def _solve(A, b, *, max_steps):
     n = A.shape[1]
 
     # In two stages, lest the squares overflow; the norms end in [1, 2), or 0.
-    column_scale = _base.power_of_two(jnp.max(jnp.abs(A), axis=0))
+    column_scale = power_of_two(jnp.max(jnp.abs(A), axis=0))
     norm = jnp.linalg.norm(A / column_scale[None, :], axis=0)
-    column_scale = column_scale * _base.power_of_two(norm)
+    column_scale = column_scale * power_of_two(norm)
     A = A / column_scale[None, :]
     norm = jnp.linalg.norm(A, axis=0)
-    b_scale = _base.power_of_two(jnp.max(jnp.abs(b)))
+    b_scale = power_of_two(jnp.max(jnp.abs(b)))
     b = b / b_scale
     norm_b = jnp.linalg.norm(b)
 
     def misfit(x):
-        return b - _base.dot(A, x)
+        return b - dot(A, x)
 
     def violation(x):
-        slope = _base.dot(misfit(x), A)
+        slope = dot(misfit(x), A)
         rounding = norm * (norm_b + jnp.vdot(norm, jnp.abs(x)))
         return jnp.where(x > 0, jnp.abs(slope), slope) / jnp.where(rounding > 0, rounding, 1)
 
-    gramian = _base.dot(A.T, A)
+    gramian = dot(A.T, A)
     ridge = _base.smallest_ridge(gramian)
 
     def normal_target(x, free):
-        slope = _base.dot(misfit(x), A)
+        slope = dot(misfit(x), A)
         return x + _base.solve_free(gramian, ridge, free, slope[:, None])[:, 0]
 
     eps = jnp.finfo(dtype).eps

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import dot, power_of_two
 from mtl_optax.solvers import _base
 from mtl_optax.solvers._base import _PATIENCE, _REENTRY
 
@@ -74,11 +75,11 @@ def _solve(Q, q, *, max_steps):
     dtype = _base.solver_dtype(Q, q)
     Q, q = Q.astype(dtype), q.astype(dtype)
 
-    Q_unit = _base.power_of_two(jnp.max(jnp.abs(Q)))
-    q_unit = _base.power_of_two(jnp.max(jnp.abs(q)))
+    Q_unit = power_of_two(jnp.max(jnp.abs(Q)))
+    q_unit = power_of_two(jnp.max(jnp.abs(q)))
     Q, q = Q / Q_unit, q / q_unit
     curved = jnp.diagonal(Q) > 0
-    s = _base.power_of_two(jnp.sqrt(jnp.where(curved, jnp.diagonal(Q), 0)))
+    s = power_of_two(jnp.sqrt(jnp.where(curved, jnp.diagonal(Q), 0)))
     # From here on variables are s x.
     C = Q / s[:, None] / s[None, :]
     norm = jnp.sqrt(jnp.where(curved, jnp.diagonal(C), 0))
@@ -86,7 +87,7 @@ def _solve(Q, q, *, max_steps):
     bound = norm[:, None] * norm[None, :]
     C = jnp.clip((C + C.T) / 2, -bound, bound)
     q = q / s
-    unit = _base.power_of_two(jnp.max(jnp.where(curved, jnp.abs(q), 0)))
+    unit = power_of_two(jnp.max(jnp.where(curved, jnp.abs(q), 0)))
     x, residual, steps = _solve_scaled(C, q / unit, norm, max_steps)
     x = jnp.minimum(x / s * unit * (q_unit / Q_unit), jnp.finfo(dtype).max)
     return _base.result(x, residual, steps)
@@ -113,7 +114,7 @@ def _solve_scaled(C, q, norm, max_steps):
     steepest = jnp.max(jnp.where(curved, jnp.abs(q) / jnp.where(curved, norm, 1), 0))
 
     def gradient(x):
-        return _base.dot(C, x) + q
+        return dot(C, x) + q
 
     def violation(x):
         slope = gradient(x)

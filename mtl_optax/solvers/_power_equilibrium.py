@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.scipy as jsp
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -79,7 +80,7 @@ def _solve(Q, scales, power, *, max_steps):
     K = scales.size
     eps = jnp.finfo(dtype).eps
 
-    unit = _base.power_of_two(jnp.max(jnp.abs(Q)))
+    unit = power_of_two(jnp.max(jnp.abs(Q)))
     lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(Q) / unit, 0))
     present = (lengths != 0) & (scales != 0)  # NaN stays, and the residual says so
     divisor = jnp.where(present, lengths, 1)
@@ -96,8 +97,8 @@ def _solve(Q, scales, power, *, max_steps):
     c = jnp.maximum(c / jnp.max(c), jnp.finfo(dtype).tiny ** 0.25)
 
     def imbalance(y):
-        pull, push = _base.dot(C, c * y), c * y**-p
-        return pull - push, _base.dot(jnp.abs(C), c * y) + push
+        pull, push = dot(C, c * y), c * y**-p
+        return pull - push, dot(jnp.abs(C), c * y) + push
 
     def residual(y):
         difference, magnitude = imbalance(y)
@@ -122,7 +123,7 @@ def _solve(Q, scales, power, *, max_steps):
         return y, jnp.max(jnp.abs(relative)), steps + 1
 
     # The minimiser along the ray of c, no further than rounding can tell.
-    bend = jnp.maximum(jnp.vdot(c, _base.dot(C, c)) / jnp.vdot(c, c), K * eps)
+    bend = jnp.maximum(jnp.vdot(c, dot(C, c)) / jnp.vdot(c, c), K * eps)
     y = jnp.full(K, bend ** (-1 / (p + 1)), dtype)
     start = (y, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
     y, _, steps = jax.lax.while_loop(unsolved, body, start)

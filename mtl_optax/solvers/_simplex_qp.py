@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -118,14 +119,14 @@ def _solve(Q, q, floors, total, *, max_steps):
     room = jnp.where(room > eps * size, room, 0)
     span = jnp.where(room > 0, room, 1)
 
-    unit = _base.power_of_two(jnp.maximum(jnp.max(jnp.abs(Q)), jnp.max(jnp.abs(q))))
+    unit = power_of_two(jnp.maximum(jnp.max(jnp.abs(Q)), jnp.max(jnp.abs(q))))
     Q, q = Q / unit, q / unit
     # s² is the curvature, but at least slope / span: this bounds a step over null directions (slope
     # / s² / ridge), and curvature below ridge × slope / span is lost in the rounding of the slope.
-    slope = (_base.dot(jnp.abs(Q), jnp.abs(floors)) + jnp.abs(q)) / span
+    slope = (dot(jnp.abs(Q), jnp.abs(floors)) + jnp.abs(q)) / span
     smallest = 2.0 ** (2 * (jnp.finfo(dtype).minexp // 3))
     s = jnp.maximum(jnp.maximum(jnp.diagonal(Q), slope), smallest)
-    s = _base.power_of_two(jnp.sqrt(s))
+    s = power_of_two(jnp.sqrt(s))
     # From here on variables are s x and the constraint reads aᵀx = total.
     a = 1 / s
     C = Q * a[:, None] * a[None, :]
@@ -133,7 +134,7 @@ def _solve(Q, q, floors, total, *, max_steps):
     ridge = _base.smallest_ridge(C)
 
     def gradient(x):
-        return _base.dot(C, x) + q
+        return dot(C, x) + q
 
     def target(x, free):
         # aaᵀ changes nothing on the constraint and makes the system regular where the problem is.
@@ -155,7 +156,7 @@ def _solve(Q, q, floors, total, *, max_steps):
     def violation(x):
         y = a * (x - lower) / span
         g = s * gradient(x)
-        h = s * (_base.dot(jnp.abs(C), jnp.abs(x) + eps * room * s) + jnp.abs(q))
+        h = s * (dot(jnp.abs(C), jnp.abs(x) + eps * room * s) + jnp.abs(q))
         multiplier = jnp.where(room > 0, jnp.vdot(y, g), jnp.min(g))
         rounding = jnp.vdot(jnp.abs(y), h) + h
         return (multiplier - g) / jnp.where(rounding > 0, rounding, 1)
