@@ -30,8 +30,8 @@ def link(
     """
     get = receive_all if several else receive
 
-    def update(updates, state, params=None, *, losses=None, **extra_args) -> Any:
-        result, state = update_fn(get(updates, losses, num_tasks), state, **extra_args)
+    def update(updates, state, params=None, *, losses=None, shared=None, **extra_args) -> Any:
+        result, state = update_fn(get(updates, losses, num_tasks, shared), state, **extra_args)
         return result if isinstance(result, Jacobian) else conform(result, params), state
 
     # A state is donated: it must not hold the caller's key or weights, nor one array twice.
@@ -40,8 +40,10 @@ def link(
     )
 
 
-def receive(updates: Any, losses: Any = None, num_tasks: int | None = None) -> Jacobian:
-    """What a link makes of the `updates` and `losses=` that it is given, checked.
+def receive(
+    updates: Any, losses: Any = None, num_tasks: int | None = None, shared: Any = None
+) -> Jacobian:
+    """What a link makes of the `updates`, `losses=` and `shared=` that it is given, checked.
 
     A `Jacobian` may come alone or as the one entry of a container, as `flax.nnx.Optimizer` hands
     it on; or as the tree that `jax.jacrev` returns, together with the losses.
@@ -64,24 +66,24 @@ def receive(updates: Any, losses: Any = None, num_tasks: int | None = None) -> J
             "aggregator, with every balancer before it and the optimizer after it"
         )
     else:
-        jacobian = as_jacobian(updates, losses)
+        jacobian = as_jacobian(updates, losses, shared=shared)
     if num_tasks is not None and jacobian.num_tasks != num_tasks:
         raise ValueError(
             f"got {jacobian.num_tasks} task losses {jacobian.names}, expected "
             f"num_tasks={num_tasks}: build the strategy with num_tasks={jacobian.num_tasks}, or "
             f"return {num_tasks} losses"
         )
-    return jacobian
+    return jacobian.here()
 
 
 def receive_all(
-    updates: Any, losses: Any = None, num_tasks: int | None = None
+    updates: Any, losses: Any = None, num_tasks: int | None = None, shared: Any = None
 ) -> tuple[Jacobian, ...]:
     """What a link for several batches makes of its `updates`: one Jacobian a batch."""
     leaves = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, Jacobian))
     if leaves and all(isinstance(leaf, Jacobian) for leaf in leaves):
         return tuple(receive(jacobian, None, num_tasks) for jacobian in leaves)
-    return (receive(updates, losses, num_tasks),)
+    return (receive(updates, losses, num_tasks, shared),)
 
 
 def _describe(tree: Any) -> str:

@@ -1,4 +1,4 @@
-"""What all K×K algebra uses: full-precision products, exact scaling, and division by what may be 0."""
+"""What all K×K algebra uses: full-precision products, exact scales, division by what may be 0."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,11 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     """The dtype, or float32 where it is narrower: what sums of it are kept in."""
     # Not `promote_types`: float8 has no promotion path.
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def underflows(dtype: DTypeLike) -> bool:
+    """Whether the dtype has no small numbers, as float16 and float8 have none."""
+    return bool(jnp.finfo(dtype).minexp > -100)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:

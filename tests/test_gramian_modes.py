@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mtl_optax as mtl
-from mtl_optax import _ghost
+from mtl_optax.jacobian.ways import ghost
 from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error
 
 K = 3
@@ -19,7 +19,7 @@ WEIGHTS = jnp.array([0.3, -1.0, 2.0])
 @pytest.fixture(name="tap_all")
 def _tap_all(monkeypatch):
     """Taps every layer that has the form, also those that are too small to be worth it."""
-    monkeypatch.setattr(_ghost, "_rows_cost", lambda uses, num_tasks: float("inf"))
+    monkeypatch.setattr(ghost, "_rows_cost", lambda uses, num_tasks: float("inf"))
 
 
 # Losses of one trunk layer W each: (parameters, features (4, 5, 6) of it, the shape of W).
@@ -64,7 +64,7 @@ def test_the_ghost_of_every_layer_is_exact(name, tap_all):
     def read(params):
         _, jac = mtl.value_and_jac(losses, gramian="ghost", rows="batched")(params)
         gramian = jac.gramian()
-        tapped.append(jac._tapped().taps.leaves)
+        tapped.append(set(jac._way.taps(jac._source, jac._layout.measured)))
         return gramian, jac.combine(WEIGHTS), jax.jacrev(losses)(params)
 
     gramian, combined, rows = jax.jit(read)(params)
@@ -88,7 +88,7 @@ def test_what_has_not_the_form_falls_back_to_rows(tap_all):
     def read(params):
         _, jac = mtl.value_and_jac(losses, gramian="ghost")(params)
         gramian = jac.gramian()
-        tapped.append(jac._tapped().taps.leaves)
+        tapped.append(set(jac._way.taps(jac._source, jac._layout.measured)))
         return gramian, mtl.value_and_jac(losses)(params)[1].gramian()
 
     gramian, expected = jax.jit(read)(params)
@@ -109,7 +109,7 @@ def test_a_layer_is_tapped_where_that_is_cheaper():
 
         def read(x):
             _, jac = mtl.value_and_jac(losses, gramian="ghost")(params, x)
-            taps.append(jac._tapped().taps.leaves)
+            taps.append(set(jac._way.taps(jac._source, jac._layout.measured)))
 
         jax.eval_shape(read, spec)
         return taps[0]

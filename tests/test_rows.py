@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax._rows import _BLOCK, scaled_products
+from mtl_optax.jacobian._rows import _BLOCK, scaled_products
 
 
 @jax.jit

@@ -79,8 +79,8 @@ def multi_steps(
         losses, rows = jnp.zeros(num_tasks, jnp.float32), task_zeros(num_tasks, params)
         return MultiStepsState(zero, zero, losses, rows, tx.init(params))
 
-    def update_fn(updates, state, params=None, *, losses=None, **extra_args):
-        jacobian = receive(updates, losses, num_tasks)
+    def update_fn(updates, state, params=None, *, losses=None, shared=None, **extra_args):
+        jacobian = receive(updates, losses, num_tasks, shared)
         count = state.mini_step + 1
         mean = lambda old, new: old + ((new - old) / count).astype(old.dtype)  # noqa: E731
         rows = jax.tree.leaves(jacobian.rows())

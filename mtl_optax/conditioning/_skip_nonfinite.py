@@ -56,8 +56,8 @@ def skip_nonfinite(
         zero = jnp.zeros([], jnp.int32)
         return SkipNonfiniteState(zero, zero, tx.init(params))
 
-    def update_fn(updates, state, params=None, *, losses=None, **extra_args):
-        jacobian = receive(updates, losses)
+    def update_fn(updates, state, params=None, *, losses=None, shared=None, **extra_args):
+        jacobian = receive(updates, losses, shared=shared)
         update, inner_state = run(tx, jacobian, state.inner_state, params, extra_args)
         pairs = zip(jax.tree.leaves(inner_state), jax.tree.leaves(state.inner_state), strict=True)
         # Some states are NaN until they have seen something.

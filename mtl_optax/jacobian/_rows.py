@@ -1,12 +1,15 @@
 """What is done to the K rows of a Jacobian that are at hand: mix, scale, multiply."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import dot, power_of_two
+from mtl_optax._compat import varying_axes
+from mtl_optax._numerics import dot, power_of_two, wide
 
 # Columns that a CPU multiplies at a time.
 _BLOCK = 8192
@@ -14,22 +17,22 @@ _BLOCK = 8192
 
 def mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """Σ w_k rows_k of one leaf, accumulated in at least float32."""
-    weights = weights.astype(jnp.promote_types(jnp.float32, rows.dtype))
-    wide = rows.astype(weights.dtype)
-    mixed = jnp.tensordot(weights, wide, 1, precision=jax.lax.Precision.HIGHEST)
+    dtype = wide(rows.dtype)
+    mixed = jnp.tensordot(
+        weights.astype(dtype), rows.astype(dtype), 1, precision=jax.lax.Precision.HIGHEST
+    )
     return mixed.astype(rows.dtype)
 
 
 def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
+    """diag(s) rows, of one leaf, in their dtype."""
     scales = scales.reshape(-1, *[1] * (rows.ndim - 1))
-    return (rows.astype(scales.dtype) * scales).astype(rows.dtype)
+    return (rows.astype(wide(rows.dtype)) * scales).astype(rows.dtype)
 
 
-def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes that x varies over inside `shard_map`."""
-    aval: Any = jax.typeof(x)
-    # `vma` up to JAX 0.9
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
+    """The rows of some tasks, the others 0 even if they were NaN."""
+    return jnp.where(tasks.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
 
 
 def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -45,13 +48,13 @@ def scaled_products(
     if not rows:
         zeros = jnp.zeros(num_tasks, dtype)
         return jnp.zeros((num_tasks, num_tasks), dtype), zeros, zeros
-    dtype = jnp.promote_types(dtype, jnp.result_type(*rows))
+    dtype = functools.reduce(jnp.promote_types, [wide(row.dtype) for row in rows], dtype)
     same = others is rows
     if jax.device_count() == 1:
         # One shape for all that reads them, or a CPU keeps a copy in each. It would gather a leaf
         # that is sharded; on one device none is.
-        rows = [row.reshape(num_tasks, -1) for row in rows]
-        others = rows if same else [row.reshape(num_tasks, -1) for row in others]
+        rows = [_flat(row) for row in rows]
+        others = rows if same else [_flat(row) for row in others]
 
     def in_units():
         left, scales = _unit_rows(rows, dtype)
@@ -75,15 +78,19 @@ def scaled_products(
     return jax.lax.cond(jnp.all(in_range), as_they_are, in_units)
 
 
+def _flat(row: jax.Array) -> jax.Array:
+    return row.reshape(len(row), math.prod(row.shape[1:]))
+
+
 def _unit_rows(rows: Sequence[jax.Array], dtype: Any) -> tuple[list[jax.Array], jax.Array]:
     """The rows over powers of two, entries below 2, and those powers; 0 for a zero row."""
-    wide = [row.astype(dtype) for row in rows]
-    largest = jnp.zeros(len(wide[0]), dtype)
-    for row in wide:
+    rows = [row.astype(dtype) for row in rows]
+    largest = jnp.zeros(len(rows[0]), dtype)
+    for row in rows:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(row), range(1, row.ndim), initial=0))
     largest = over_shards(jax.lax.pmax, largest)
     divisor = power_of_two(largest)
-    units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in wide]
+    units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in rows]
     return units, jnp.where(largest == 0, 0, divisor)
 
 

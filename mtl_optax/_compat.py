@@ -1,0 +1,33 @@
+"""Every place where the versions of JAX and Flax that are supported differ."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.extend import core as jex
+
+# In jax.core up to JAX 0.9, in jax.extend.core since.
+_trace_state = getattr(jex, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
+
+# A call of a jitted function in a jaxpr; the second name up to JAX 0.6.
+JIT = ("jit", "pjit")
+
+# The name since flax 0.12.3.
+as_pure = getattr(nnx, "as_pure", None) or nnx.pure
+
+
+def current_trace() -> Any:
+    """What equals itself as long as the same trace, or none, is under way."""
+    return _trace_state(convention="nnx")
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The mesh axes that x varies over inside `shard_map`."""
+    aval: Any = jax.typeof(x)
+    # `vma` up to JAX 0.9
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def body_of(jaxpr: Any) -> Any:
+    """The jaxpr of a closed one; which of the two an equation holds depends on the version."""
+    return getattr(jaxpr, "jaxpr", jaxpr)

@@ -1,0 +1,48 @@
+"""Rows that are given, in the place of a linear map and its heads."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from mtl_optax.jacobian._linear_map import RowMode
+from mtl_optax.jacobian._rows import keep_rows, mix
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GivenRows:
+    """The K rows of each leaf, `(K, *shape)`."""
+
+    given: Sequence[jax.Array]
+
+    underflows = False
+
+    def keep(self, tasks: jax.Array) -> "GivenRows":
+        """The rows with those of the other tasks exactly 0, whatever they hold."""
+        return GivenRows([keep_rows(row, tasks) for row in self.given])
+
+    def pullback(self, weights: jax.Array) -> list[jax.Array]:
+        """Jᵀw, one array a leaf."""
+        return [mix(weights, row) for row in self.given]
+
+    def heads(self) -> "GivenRows":
+        """Itself: nothing is left to transpose."""
+        return self
+
+    def mix(self, weights: jax.Array) -> list[jax.Array]:
+        """Jᵀw, one array a leaf."""
+        return self.pullback(weights)
+
+    def rows(self, mode: RowMode) -> list[jax.Array]:
+        """The rows."""
+        del mode
+        return list(self.given)
+
+    def combine(
+        self, weights: jax.Array, own: jax.Array, shared: Sequence[bool], wanted: Sequence[bool]
+    ) -> list[Any]:
+        """Jᵀw on the leaves that are `shared`, Jᵀown on the others, None where not `wanted`."""
+        rows = zip(self.given, shared, wanted, strict=True)
+        return [mix(weights if s else own, row) if want else None for row, s, want in rows]

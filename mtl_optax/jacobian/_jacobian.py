@@ -1,0 +1,408 @@
+"""The lazy Jacobian of several losses."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax._numerics import power_of_two, underflows, wide
+from mtl_optax.jacobian import _opaque
+from mtl_optax.jacobian._given import GivenRows
+from mtl_optax.jacobian._layout import Layout
+from mtl_optax.jacobian._linear_map import LinearMap
+from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_losses
+from mtl_optax.jacobian._memo import Memo
+from mtl_optax.jacobian._plan import Plan, plan
+from mtl_optax.jacobian._rows import scale_rows, scaled_products
+from mtl_optax.jacobian.ways import Measurement, Rows, Way
+
+
+class Jacobian:
+    r"""The Jacobian J of K losses, one row a task, computed only as far as it is used.
+
+    Law: `rows()` are the gradients of `losses`, before and after any balancer. A `Jacobian` is an
+    immutable value and a pytree: it crosses the boundaries of `jit`, `vmap`, `scan` and `cond`, and
+    two of the same program have the same tree structure. Only the methods below, and so the links
+    of this library, may look inside: arithmetic on its leaves, as of an Optax transformation that
+    stands before the aggregator, raises a `TypeError` that says what to do. Its zeros,
+    `jax.tree.map(jnp.zeros_like, jacobian)`, are the Jacobian of losses and rows 0.
+
+    `name in jacobian` answers by task name.
+
+    Attributes:
+      losses: the K task losses, as the loss function returned them, scaled along with the rows.
+    """
+
+    # Where two trees do not match JAX prints the type; an optimizer that meets a Jacobian fails
+    # just there.
+    __module__ = "mtl_optax"
+    __qualname__ = f"Jacobian ({_opaque.REMEDY})"
+
+    def __init__(
+        self,
+        losses: Any,
+        source: LinearMap | GivenRows,
+        way: Way,
+        layout: Layout,
+        *,
+        scales: jax.Array | None = None,
+        seals: tuple[Any, Any] | None = None,
+        memo: Memo | None = None,
+    ):
+        """Made by `value_and_jac`, `value_and_feature_jac` and `as_jacobian`."""
+        self.losses = losses
+        self._source = source
+        self._way = way
+        self._layout = layout
+        self._scales = scales  # (K,), or None for all ones
+        self._seals = seals  # as they came back from a transformation, or None
+        self._memo = Memo() if memo is None else memo  # of what does not depend on the scales
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each row, from the pytree path of its loss."""
+        return task_names(self.losses)
+
+    @property
+    def num_tasks(self) -> int:
+        """The number of tasks K."""
+        return self._layout.num_tasks
+
+    @property
+    def dtype(self) -> Any:
+        """The precision of everything K-sized: float32, or float64 for float64 losses."""
+        return self._layout.dtype
+
+    @property
+    def shared(self) -> Any:
+        """Which parameters the tasks share: a tree of bools like the parameters."""
+        return self._layout.merge(self._layout.shared, lambda aval: False)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __repr__(self) -> str:
+        return f"mtl_optax.Jacobian of {self.names} ({_opaque.REMEDY})"
+
+    def __copy__(self) -> "Jacobian":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Jacobian":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Jacobian is part of a program and can't be pickled: pickle jac.losses and jac.rows()"
+        )
+
+    def __radd__(self, other: Any) -> NoReturn:
+        # optax.apply_updates does this where a chain has no aggregator.
+        raise TypeError(f"{self!r}, can't be added to parameters")
+
+    def _refuse(self, *args: Any) -> NoReturn:
+        raise TypeError(f"this is {self!r}")
+
+    __add__ = __radd__
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
+    __pow__ = __matmul__ = __rmatmul__ = __abs__ = __array__ = __jax_array__ = _refuse
+
+    def loss_vector(self) -> jax.Array:
+        """The losses as one `(K,)` array, at least float32."""
+        return flatten_losses(self.losses)
+
+    def pullback(self, weights: jax.Array) -> Any:
+        """Jᵀw, shaped as the parameters: one backward pass.
+
+        Args:
+          weights: `(K,)`.
+        """
+        return self._layout.unflatten(self._pull(self._as_weights(weights)))
+
+    def rows(self) -> Any:
+        """The K gradients, leaves `(K, *param.shape)`: K backward passes.
+
+        Those of float16 parameters are float32: what the type has no number for is there again once
+        a loss scale is taken back by `scale`.
+        """
+        jac, layout = self.here(), self._layout
+        known = dict(zip(layout.shared_leaves, jac._rows_of(layout.shared_leaves), strict=True))
+        rows = [known.get(i, row) for i, row in enumerate(jac._every_row())]
+        return layout.unflatten_rows([self._rescaled(row) for row in rows])
+
+    def shared_rows(self) -> list[jax.Array]:
+        """The K gradients on the shared parameters alone, a list of `(K, *param.shape)`."""
+        return [self._rescaled(row) for row in self._rows_of(self._layout.shared_leaves)]
+
+    def gramian(self) -> jax.Array:
+        """J Jᵀ over the shared parameters, or where `gramian_at` says: `(K, K)`, float32.
+
+        Its entries are squares: norms beyond 1e19 overflow float32. The ones below are safe.
+        """
+        products, scales = self.scaled_gramian()
+        return products * (scales[:, None] * scales[None, :])
+
+    def scaled_gramian(self) -> tuple[jax.Array, jax.Array]:
+        """The Gramian at any scale of the rows: G = diag(s) M diag(s).
+
+        Returns:
+          `(M, s)`: `(K, K)` and `(K,)`, s > 0 but for zero rows, both float32, or float64 for
+          float64 losses. Before any balancer s are powers of two, which do not round.
+        """
+        products, scales, _ = self._measured()
+        if self._scales is None:
+            return products, scales
+        signs = jnp.sign(self._scales.astype(scales.dtype))
+        return products * (signs[:, None] * signs[None, :]), self._scaled(scales) * signs
+
+    def correlation(self) -> tuple[jax.Array, jax.Array]:
+        """The Gramian as cosines and norms: G = diag(n) C diag(n).
+
+        Returns:
+          `(C, n)`: `(K, K)` cosines between the rows, where a zero row has zeros, its diagonal
+          included; `(K,)` norms. Safe at any scale, and of the precision of `scaled_gramian`.
+        """
+        products, scales = self.scaled_gramian()
+        lengths = jnp.sqrt(jnp.diagonal(products))
+        divisor = jnp.where(lengths > 0, lengths, 1)
+        return products / (divisor[:, None] * divisor[None, :]), bounded(scales * lengths)
+
+    def norms(self) -> jax.Array:
+        """The norms of the rows where the Gramian is measured: `(K,)`, safe at any scale."""
+        return self.correlation()[1]
+
+    def cross_gramian(self, other: "Jacobian") -> tuple[jax.Array, jax.Array, jax.Array]:
+        """J J'ᵀ with the Jacobian of the same tasks on another batch, where `gramian` measures.
+
+        Returns:
+          `(M, s, t)` of diag(s) M diag(t): `(K, K)`, not symmetric, and two `(K,)` of powers of two
+          times any balancer's weights. M is safe at any scale of the rows.
+        """
+        pair = self.here(), other.here()
+        rows, others = (jac._way.rows(jac._layout, jac._rows_of) for jac in pair)
+        shapes, expected = [r.shape for r in others], [r.shape for r in rows]
+        if shapes != expected:
+            raise ValueError(
+                f"the Jacobians of two batches have rows of shapes {expected} and {shapes}, "
+                "expected the same tasks, parameters and options of value_and_jac"
+            )
+        dtype = jnp.promote_types(self.dtype, other.dtype)
+        products, scales, other_scales = scaled_products(rows, others, self.num_tasks, dtype)
+        return products, self._scaled(scales), other._scaled(other_scales)
+
+    def plan(self) -> Plan:
+        """How this Jacobian is measured, leaf by leaf: a table to print. Computes nothing."""
+        return plan(self._source, self._way, self._layout)
+
+    def scale(self, weights: jax.Array, *, losses: Any = None) -> "Jacobian":
+        """diag(w) J, still lazy.
+
+        Args:
+          weights: `(K,)`.
+          losses: what the rows are the gradients of now; w times the losses by default.
+        """
+        weights = self._as_weights(weights)
+        if losses is None:
+            losses = unflatten_losses(weights * self.loss_vector(), self.losses)
+        scales = weights if self._scales is None else bounded(weights * self._scales)
+        return self._replace(losses=losses, scales=scales)
+
+    def keep(self, tasks: jax.Array, *, losses: Any = None) -> "Jacobian":
+        """The rows of some tasks, the others exactly 0 whatever they held, still lazy.
+
+        Unlike `scale` by 0, which leaves 0 * NaN = NaN. While all are kept it costs nothing.
+
+        Args:
+          tasks: `(K,)` bool.
+          losses: what the rows are the gradients of now; 0 for the others by default.
+        """
+        if losses is None:
+            losses = unflatten_losses(jnp.where(tasks, self.loss_vector(), 0), self.losses)
+        return self._replace(
+            losses=losses,
+            source=self._source.keep(tasks),
+            way=self._way.keep(tasks),
+            scales=None if self._scales is None else jnp.where(tasks, self._scales, 0),
+            memo=Memo(),
+        )
+
+    def replace_rows(self, rows: Any, *, losses: Any = None) -> "Jacobian":
+        """The same tasks and layout with these rows; the Gramian is then theirs.
+
+        Args:
+          rows: leaves `(K, *param.shape)` in the order of `rows()`, in any tree.
+          losses: what they are the gradients of; those of this Jacobian by default.
+        """
+        losses = self.losses if losses is None else losses
+        return Jacobian(losses, GivenRows(self._layout.leaves_of(rows)), Rows(), self._layout)
+
+    def finite_tasks(self) -> jax.Array:
+        """Which tasks have a finite loss and a finite row: `(K,)` bool.
+
+        One backward pass while all are finite, K isolated ones where the sum of the rows is not.
+        """
+        finite = jnp.isfinite(self.loss_vector())
+        if self._scales is not None:
+            finite &= jnp.isfinite(self._scales)
+        every = [self._heads(), *(linear.heads() for linear in self._way.linear_maps())]
+        ones = jnp.ones(self.num_tasks, self.dtype)
+        total = [leaf for heads in every for leaf in heads.mix(ones)]
+        none_wrong = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in total]))
+
+        def one_by_one():
+            rows = [row for heads in every for row in heads.rows("isolated")]
+            per_leaf = [jnp.all(jnp.isfinite(r), axis=tuple(range(1, r.ndim))) for r in rows]
+            return jnp.all(jnp.stack(per_leaf), axis=0)
+
+        return finite & jax.lax.cond(none_wrong, lambda: jnp.ones_like(finite), one_by_one)
+
+    def reduce(self, fn: Callable[[list[jax.Array]], list[jax.Array]]) -> Any:
+        """What an aggregator that works on entries returns; each head gets its own row.
+
+        Args:
+          fn: from `shared_rows()` to one gradient: a list of `(K, *param.shape)`, at least float32,
+            to a list of `(*param.shape,)`.
+        """
+        layout = self._layout
+        rows = layout.leaves_of(self.rows())
+        reduced = iter(fn([rows[i].astype(wide(rows[i].dtype)) for i in layout.shared_leaves]))
+        # A head has one row that is not zero.
+        leaves = [
+            next(reduced) if is_shared else jnp.sum(row, axis=0)
+            for row, is_shared in zip(rows, layout.shared, strict=True)
+        ]
+        return layout.unflatten(leaves)
+
+    def combine(self, weights: jax.Array | float) -> Any:
+        """What an aggregator returns: Jᵀw on shared leaves, each head's own row on head leaves.
+
+        Args:
+          weights: `(K,)`, or a number for all tasks alike.
+        """
+        layout, ones = self._layout, jnp.ones(self.num_tasks, self.dtype)
+        if not isinstance(weights, int | float):
+            return layout.unflatten(self._combine(self._as_weights(weights), ones))
+        leaves = self._pull(ones)
+        if weights != 1:
+            leaves = [
+                (weights * leaf).astype(leaf.dtype) if is_shared else leaf
+                for leaf, is_shared in zip(leaves, layout.shared, strict=True)
+            ]
+        return layout.unflatten(leaves)
+
+    # What follows is how, not what.
+
+    def here(self) -> "Jacobian":
+        """The same in this trace, where what is computed of it can be kept."""
+        return self if self._memo.is_of_this_trace() else self._replace(memo=Memo(self._memo))
+
+    def _replace(self, **changes: Any) -> "Jacobian":
+        now = {
+            "losses": self.losses,
+            "source": self._source,
+            "way": self._way,
+            "layout": self._layout,
+            "scales": self._scales,
+            "seals": self._seals,
+            "memo": self._memo,
+        }
+        return Jacobian(**(now | changes))
+
+    def _as_weights(self, weights: Any) -> jax.Array:
+        weights = jnp.asarray(weights)
+        if weights.shape != (self.num_tasks,):
+            raise ValueError(
+                f"weights have shape {weights.shape}, expected ({self.num_tasks},): one weight for "
+                f"each of the tasks {self.names}"
+            )
+        return weights.astype(self.dtype)
+
+    def _scaled(self, weights: jax.Array) -> jax.Array:
+        scales = self._scales
+        return weights if scales is None else bounded(weights * scales.astype(weights.dtype))
+
+    def _rescaled(self, row: jax.Array) -> jax.Array:
+        row = row.astype(wide(row.dtype)) if underflows(row.dtype) else row
+        return row if self._scales is None else scale_rows(row, self._scales)
+
+    def _heads(self) -> Any:
+        return self._memo.once("heads", self._source.heads)
+
+    def _every_row(self) -> list[jax.Array]:
+        return self._memo.once("rows", lambda: self._heads().rows(self._layout.row_mode))
+
+    def _rows_of(self, leaves: Sequence[int]) -> list[jax.Array]:
+        """The rows of some leaves, computed once for all that reads them."""
+        # Without the barrier XLA may compute a row once for the Gramian and again for the update.
+        every, alone = self._every_row(), jax.lax.optimization_barrier
+        return [self._memo.once(("row", i), lambda i=i: alone(every[i])) for i in leaves]
+
+    def _measured(self) -> Measurement:
+        jac = self.here()
+        return jac._memo.once(
+            "measured", lambda: jac._way.measure(jac._heads(), jac._layout, jac._rows_of)
+        )
+
+    def _at_hand(self, weights: jax.Array) -> dict[int, jax.Array]:
+        """The leaves of Jᵀw that what was measured leaves to be combined."""
+        measured = self._memo.known("measured")
+        return {} if measured is None else measured.mix(weights)
+
+    def _pull(self, weights: jax.Array) -> list[Any]:
+        """Jᵀw with the factors applied."""
+
+        def pull(weights: jax.Array) -> list[Any]:
+            known = self._at_hand(weights)
+            if len(known) == self._layout.num_leaves:
+                return [known[i] for i in range(len(known))]
+            return [known.get(i, leaf) for i, leaf in enumerate(self._source.pullback(weights))]
+
+        return self._in_range(pull, self._scaled(weights))
+
+    def _combine(self, weights: jax.Array, own: jax.Array) -> list[Any]:
+        """Jᵀw on shared leaves, Jᵀown on the others, with the factors applied."""
+        shared = self._layout.shared
+
+        def combine(weights: jax.Array, own: jax.Array) -> list[Any]:
+            known = {i: leaf for i, leaf in self._at_hand(weights).items() if shared[i]}
+            wanted = [i not in known for i in range(len(shared))]
+            pulled = wanted
+            if any(wanted):
+                pulled = self._heads().combine(weights, own, shared, wanted)
+            return [known.get(i, leaf) for i, leaf in enumerate(pulled)]
+
+        return self._in_range(combine, self._scaled(weights), self._scaled(own))
+
+    def _in_range(self, fn: Callable[..., list[Any]], *weights: jax.Array) -> list[Any]:
+        """`fn` of the weights, by weights of at most 2 where small ones would underflow."""
+        if not self._source.underflows:
+            return fn(*weights)
+        unit = power_of_two(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(w)) for w in weights]))
+        leaves = fn(*(w / unit for w in weights))
+        return [(leaf.astype(wide(leaf.dtype)) * unit).astype(leaf.dtype) for leaf in leaves]
+
+
+def bounded(x: jax.Array) -> jax.Array:
+    """x, or the largest number in place of an infinite product, which times 0 would be NaN."""
+    largest = jnp.finfo(x.dtype).max
+    return jnp.clip(x, -largest, largest)
+
+
+def _flatten(jacobian: Jacobian) -> tuple[tuple[Any, ...], Layout]:
+    scales = jacobian._scales
+    # Scaled or not, one program has one structure; and its zeros are J = 0.
+    scales = jnp.ones(jacobian.num_tasks, jacobian.dtype) if scales is None else scales
+    seals = jacobian._seals
+    seals = _opaque.new_seals() if seals is None else _opaque.renewed(seals)
+    return (seals, jacobian.losses, jacobian._source, jacobian._way, scales), jacobian._layout
+
+
+def _unflatten(layout: Layout, children: tuple[Any, ...]) -> Jacobian:
+    seals, losses, source, way, scales = children
+    if isinstance(seals, tuple) and len(seals) == 2:
+        _opaque.check(seals)
+    return Jacobian(losses, source, way, layout, scales=scales, seals=seals)
+
+
+jax.tree_util.register_pytree_node(Jacobian, _flatten, _unflatten)

@@ -1,0 +1,98 @@
+"""How a Jacobian is measured, as a table."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from mtl_optax.jacobian._layout import Layout
+from mtl_optax.jacobian._linear_map import LinearMap
+
+
+class LeafPlan(NamedTuple):
+    """One parameter's row of a `Plan`.
+
+    Attributes:
+      name: its path in the tree.
+      shape: its shape.
+      trained: whether it is differentiated; the rest of a frozen parameter's row is empty.
+      shared: whether two or more losses depend on it, or a mask says so.
+      way: how its part of the Gramian is measured; empty where it is not.
+      multiplications: counted, to measure it, beyond the K passes through the trunk.
+      bytes_held: of what exists once a task to measure it.
+      note: what to look at.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
+    shared: bool
+    way: str = ""
+    multiplications: int = 0
+    bytes_held: int = 0
+    note: str = ""
+
+
+class Plan(NamedTuple):
+    """What `Jacobian.plan` returns: print it, or read its rows."""
+
+    leaves: tuple[LeafPlan, ...]
+
+    def __str__(self) -> str:
+        title = ("parameter", "shape", "", "measured by", "multiplications", "bytes held", "")
+        body = [
+            (
+                leaf.name,
+                str(leaf.shape),
+                "frozen" if not leaf.trained else "shared" if leaf.shared else "head",
+                leaf.way or "-",
+                f"{leaf.multiplications:,}" if leaf.way else "-",
+                f"{leaf.bytes_held:,}" if leaf.way else "-",
+                leaf.note,
+            )
+            for leaf in self.leaves
+        ]
+        total = (
+            "total", "", "", "",
+            f"{sum(leaf.multiplications for leaf in self.leaves):,}",
+            f"{sum(leaf.bytes_held for leaf in self.leaves):,}",
+            "",
+        )  # fmt: skip
+        lines = [title, *body, total]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def plan(source: Any, way: Any, layout: Layout) -> Plan:
+    """The table of a Jacobian's parts."""
+    costs = way.costs(source, layout) if isinstance(source, LinearMap) else {}
+    touches = source.program.touches if isinstance(source, LinearMap) else layout.shared
+    indices = iter(range(layout.num_leaves))
+    leaves = []
+    for name, is_trained, aval in zip(_names(layout), layout.trained, layout.avals, strict=True):
+        shape = aval.shape
+        if not is_trained:
+            leaves.append(LeafPlan(name, shape, trained=False, shared=False))
+            continue
+        i = next(indices)
+        row = LeafPlan(name, shape, trained=True, shared=layout.shared[i])
+        if i in costs:
+            row = row._replace(**costs[i]._asdict())
+        stacked = layout.num_tasks > 1 and shape[:1] == (layout.num_tasks,)
+        if row.shared and stacked and touches[i] == layout.num_tasks:
+            row = row._replace(
+                note=f"as many slices as tasks, taken as shared: if they are heads stacked in one "
+                f"leaf, say so by value_and_jac(shared=...) with False for {name!r}"
+            )
+        elif not touches[i]:
+            row = row._replace(note="no loss depends on it")
+        leaves.append(row)
+    return Plan(tuple(leaves))
+
+
+def _names(layout: Layout) -> list[str]:
+    positions = layout.params_def.unflatten(range(len(layout.avals)))
+    paths = jax.tree_util.tree_leaves_with_path(positions)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") or "0" for path, _ in paths]
