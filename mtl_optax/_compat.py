@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.extend import core as jex
+from jax.sharding import AxisType
 
 # In jax.core up to JAX 0.9, in jax.extend.core since.
 _trace_state = getattr(jex, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
@@ -26,6 +27,12 @@ def varying_axes(x: Any) -> frozenset[str]:
     aval: Any = jax.typeof(x)
     # `vma` up to JAX 0.9
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def explicit_mesh(x: Any) -> Any:
+    """The mesh of x where its axes are Explicit, else None."""
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
 def body_of(jaxpr: Any) -> Any:

@@ -36,7 +36,6 @@ class Arguments:
         )
         modules = [*filter(_is_module, chosen), *filter(_is_module, others)]
         num_chosen = sum(map(_is_module, chosen))
-        has_wanted_type = nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
         if num_chosen == 0 and isinstance(wrt, type):
             raise TypeError(
                 f"wrt={wrt.__name__} is a filter of the variables of an nnx module, but the "
@@ -44,7 +43,8 @@ class Arguments:
             )
 
         def is_trained(path, variable):
-            return path[0] < num_chosen and has_wanted_type(path[1:], variable)
+            wanted = nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
+            return path[0] < num_chosen and wanted(path[1:], variable)
 
         graphdef, trained, rest = nnx.split(modules, is_trained, ...)
         states = iter(nnx.State(trained.get(k, {})) for k in range(num_chosen))

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 
 from mtl_optax._numerics import power_of_two, underflows, wide
 from mtl_optax.jacobian import _program
-from mtl_optax.jacobian._program import Program, all_read, is_var, variables
+from mtl_optax.jacobian._program import (
+    Program,
+    all_read,
+    forward_as_backward,
+    is_var,
+    variables,
+)
 from mtl_optax.jacobian._rows import keep_rows, mix, over_shards, scale_rows
 
 RowMode = Literal["isolated", "batched", "sequential"]
@@ -157,7 +163,7 @@ class Heads:
         Forth is the transpose of the transpose: not everything is differentiated forwards as it is
         backwards, and a custom backward rule has no forward one.
         """
-        pull = self._pull_trunk()
+        pull = self.linear._transpose(forward_as_backward(self._program.parts.trunk))
         meets = [v.aval for v in self._program.parts.meets]
         push = jax.linear_transpose(lambda *cotangents: pull(list(cotangents)), *meets)
         return lambda cotangents: self._known(pull(cotangents)), lambda row: list(push(row))

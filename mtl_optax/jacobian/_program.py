@@ -163,6 +163,29 @@ def cut(jaxpr: Any, outvars: Sequence[Any]) -> Any:
     return jaxpr.replace(eqns=eqns[::-1], outvars=list(outvars))
 
 
+def forward_as_backward(jaxpr: Any) -> Any:
+    """The program whose look-ups give 0 out of bounds, where their transposes drop.
+
+    A look-up that promises to stay in bounds clamps what does not, but only on its way forth.
+    """
+
+    def rewrite(value: Any) -> Any:
+        if isinstance(value, jex.ClosedJaxpr):
+            return value.replace(jaxpr=forward_as_backward(value.jaxpr))
+        if isinstance(value, jex.Jaxpr):
+            return forward_as_backward(value)
+        return tuple(map(rewrite, value)) if type(value) is tuple else value
+
+    def strict(eqn: Any) -> Any:
+        params = {name: rewrite(value) for name, value in eqn.params.items()}
+        if params.get("mode") == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+            params |= {"mode": jax.lax.GatherScatterMode.FILL_OR_DROP}
+            params |= {"fill_value": 0} if "fill_value" in params else {}
+        return eqn.replace(params=params)
+
+    return jaxpr.replace(eqns=[strict(eqn) for eqn in jaxpr.eqns])
+
+
 def _evaluate(jaxpr: Any, consts: Sequence[Any], *args: Any) -> list[Any]:
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))(*args)
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._compat import varying_axes
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtl_optax._compat import explicit_mesh, varying_axes
 from mtl_optax._numerics import dot, power_of_two, wide
 
 # Columns that a CPU multiplies at a time.
@@ -39,6 +41,25 @@ def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """`jax.lax.psum` or `pmax` of x over the mesh axes that it varies over inside `shard_map`."""
     axes = varying_axes(x)
     return reduce(x, tuple(axes)) if axes else x
+
+
+def gathered(x: jax.Array) -> jax.Array:
+    """x whole on every device of a mesh with Explicit axes, where sharding is part of the type."""
+    mesh = explicit_mesh(x)
+    return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def contract(a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int]]) -> jax.Array:
+    """Products over some axes of each, in full precision, summed over all shards."""
+    mesh = explicit_mesh(a)
+    products = jax.lax.dot_general(
+        a,
+        b,
+        (axes, ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+    )
+    return over_shards(jax.lax.psum, products)
 
 
 def scaled_products(
@@ -98,9 +119,7 @@ def _products(a: jax.Array, b: jax.Array) -> jax.Array:
     """⟨a_i, b_j⟩ of one leaf."""
     # Contracting every axis of the parameter in place keeps a sharded leaf sharded.
     axes = tuple(range(1, a.ndim))
-    dimensions = ((axes, axes), ((), ()))
-    products = jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST)
-    return over_shards(jax.lax.psum, products)
+    return contract(a, b, (axes, axes))
 
 
 def _own_products(a: jax.Array) -> jax.Array:

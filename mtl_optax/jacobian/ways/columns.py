@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, add, one_by_one
-from mtl_optax.jacobian._rows import over_shards
+from mtl_optax.jacobian._rows import contract, over_shards
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way
 
 
@@ -47,7 +47,7 @@ class Columns(Way):
             largest = functools.reduce(jnp.maximum, [x.astype(dtype) for x in largest])
             largest = over_shards(jax.lax.pmax, largest)
             scale = power_of_two(largest)
-            unit = [(x / scale).astype(x.dtype) for x in row]
+            unit = [(x.astype(wide(x.dtype)) / scale).astype(x.dtype) for x in row]
             pairs = [*zip(met, push(unit), strict=True), *zip(own, unit, strict=True)]
             column = sum((_inner(a, b, dtype) for a, b in pairs if a is not None), zeros)
             return column, jnp.where(largest == 0, 0, scale)
@@ -84,10 +84,5 @@ def _inner(rows: jax.Array, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The real inner product of each row with x, as a cotangent and a tangent have it."""
     dtype = functools.reduce(jnp.promote_types, [wide(rows.dtype), wide(x.dtype)], dtype)
     axes = list(range(x.ndim))
-    products = jax.lax.dot_general(
-        rows.astype(dtype),
-        x.astype(dtype),
-        (([axis + 1 for axis in axes], axes), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return over_shards(jax.lax.psum, jnp.real(products))
+    products = contract(rows.astype(dtype), x.astype(dtype), ([i + 1 for i in axes], axes))
+    return jnp.real(products)

@@ -23,7 +23,7 @@ from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
 from mtl_optax.jacobian._program import Program, fed, is_var, variables
-from mtl_optax.jacobian._rows import mix, scaled_products
+from mtl_optax.jacobian._rows import gathered, mix, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -133,7 +133,7 @@ class Ghost(Way):
         for leaf, uses in taps.items():
             delta = _concatenate([_cotangents(next(left), use) for use in uses], axis=2)
             x = _concatenate([_inputs(values[use.x], use) for use in uses], axis=1)
-            shares.append(self.layer(leaf, uses, x, delta))
+            shares.append(self.layer(leaf, uses, gathered(x), gathered(delta)))
         return shares
 
 
