@@ -1,4 +1,4 @@
-"""What all K×K algebra uses: full-precision products, exact scaling, and division by what may be 0."""
+"""What all K×K algebra uses: full-precision products, exact scaling, division by what may be 0."""
 
 import jax
 import jax.numpy as jnp
