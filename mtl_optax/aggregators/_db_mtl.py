@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link
+from mtl_optax._numerics import divide
 from mtl_optax.conditioning import ema_tasks, log_losses
 
 
@@ -75,7 +76,7 @@ def _sum_at_largest_norm(num_tasks: int) -> optax.GradientTransformationExtraArg
     def update_fn(jacobian, state, **extra_args):
         del state, extra_args
         norms = jacobian.correlation()[1]
-        weights = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 1)
+        weights = divide(jnp.max(norms), norms, 1)
         return jacobian.combine(weights), DbMtlState(weights.astype(jnp.float32))
 
     return link(init_fn, update_fn, num_tasks)

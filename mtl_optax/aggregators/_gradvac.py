@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, check_option, keep_finite, link
-from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import raw_weights
+from mtl_optax._numerics import divide, dot
 
 
 class GradvacState(NamedTuple):
@@ -80,7 +79,7 @@ def gradvac(
         cosines, norms = jacobian.correlation()
         targets = state.targets.astype(norms.dtype)
         coefficients, seen = _vaccinate(cosines, targets, order_key)
-        weights = raw_weights(dot(norms, coefficients), norms)
+        weights = divide(dot(norms, coefficients), norms)
         update = jacobian.combine(weights)
         mixed = targets + jnp.asarray(beta, norms.dtype) * (seen - targets)
         targets = keep_finite(mixed, targets).astype(jnp.float32)
@@ -107,7 +106,7 @@ def _vaccinate(cosines, targets, key):
             products = dot(cosines, coefficients)
             length = jnp.sqrt(jnp.maximum(jnp.vdot(coefficients, products), 0))
             regular = (length > 0) & (other != task) & (cosines[other, other] > 0)
-            cosine = jnp.clip(products[other] / jnp.where(length > 0, length, 1), -1, 1)
+            cosine = jnp.clip(divide(products[other], length), -1, 1)
             aim = target[other]
             step = length * (aim * sine(cosine) / sine(aim) - cosine)
             coefficients = coefficients.at[other].add(jnp.where(regular & (cosine < aim), step, 0))
