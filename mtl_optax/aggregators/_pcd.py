@@ -40,7 +40,7 @@ def pcd(
       num_tasks: number of tasks K; static, at least 1.
       primary: the first among the tasks, by its name or its position in the order of the losses.
       tau: in [0, 1], one for all tasks or a tree like the losses (the primary's is not used).
-      decay: beta in [0, 1), of the average of the squared norms.
+      decay: beta in [0, 1), weight of the past in the average of the squared norms.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: the norm of the primary's gradient.
