@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mtl_optax._numerics import divide
 from mtl_optax.solvers import simplex_qp
 
 
@@ -30,6 +31,5 @@ def min_norm_weights(
 
 def relative_gramian(products: jax.Array, scales: jax.Array) -> jax.Array:
     """The Gramian up to a common factor, where its own entries might overflow."""
-    largest = jnp.max(scales)
-    relative = scales / jnp.where(largest > 0, largest, 1)
+    relative = divide(scales, jnp.max(scales), scales)
     return products * (relative[:, None] * relative[None, :])

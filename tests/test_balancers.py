@@ -248,7 +248,7 @@ def test_dwa_skips_a_loss_that_is_not_finite():
 
 def test_dtp_follows_its_moving_average():
     gamma, a = np.array([0.5, 2.0]), 0.3
-    tx = mtl.scale_by_dtp(2, gamma=gamma, discount=a)
+    tx = mtl.scale_by_dtp(2, gamma=gamma, decay=1 - a)
     state, average = tx.init(None), None
     for kpis in ([0.2, 0.9], [0.4, 0.8], [0.9, 0.1]):
         average = np.array(kpis) if average is None else a * np.array(kpis) + (1 - a) * average

@@ -395,7 +395,7 @@ def gradvac_by_hand(matrix, targets, beta):
 
 def test_gradvac_turns_rows_to_their_running_cosine():
     rng = np.random.default_rng(5)
-    tx = gradvac(2, key=jax.random.key(0), beta=0.3)
+    tx = gradvac(2, key=jax.random.key(0), decay=0.7)
     step = jax.jit(lambda matrix, state: tx.update(matrix, state, losses=jnp.ones(2)))
     state, targets = tx.init(None), np.zeros((2, 2))
     for _ in range(10):
@@ -406,9 +406,9 @@ def test_gradvac_turns_rows_to_their_running_cosine():
         np.testing.assert_allclose(state.targets, targets, atol=1e-6)
 
 
-def test_gradvac_begins_as_pcgrad_and_stays_it_without_a_rate():
+def test_gradvac_begins_as_pcgrad_and_stays_it_at_a_decay_of_1():
     matrix = np.random.default_rng(6).standard_normal((3, 3)).astype(np.float32)
-    txs = [gradvac(3, key=jax.random.key(1), beta=0.0), pcgrad(3, key=jax.random.key(1))]
+    txs = [gradvac(3, key=jax.random.key(1), decay=1.0), pcgrad(3, key=jax.random.key(1))]
     updates = []
     for tx in txs:
         state, total = tx.init(None), 0
@@ -420,7 +420,7 @@ def test_gradvac_begins_as_pcgrad_and_stays_it_without_a_rate():
 
 
 def test_gradvac_survives_rows_that_agree_oppose_vanish_or_are_nan():
-    tx = gradvac(3, key=jax.random.key(0), beta=0.9)
+    tx = gradvac(3, key=jax.random.key(0), decay=0.1)
     step = jax.jit(lambda matrix, state: tx.update(matrix, state, losses=jnp.ones(3)))
     state = tx.init(None)
     agreeing = np.stack([ROW, 3 * ROW, 0.1 * ROW])
@@ -447,7 +447,7 @@ def test_gradvac_survives_rows_that_agree_oppose_vanish_or_are_nan():
         (lambda: nash_mtl(2, max_norm=0.0), "max_norm=0.0"),
         (lambda: aligned_mtl(2, scale="max"), "scale='max'"),
         (lambda: upgrad(2, preference=[1.0, -1.0]), "preference="),
-        (lambda: gradvac(2, key=jax.random.key(0), beta=2.0), "beta=2.0"),
+        (lambda: gradvac(2, key=jax.random.key(0), decay=2.0), "decay=2.0"),
         (lambda: dualproj(0), "num_tasks=0"),
     ],
 )

@@ -67,7 +67,7 @@ FACTORIES = {
     "softadapt_weighted": functools.partial(
         scale_by_softadapt, normalize=True, loss_weighted=True, window=2
     ),
-    "relobralo": functools.partial(scale_by_relobralo, key=KEY, alpha=0.9, rho=0.5),
+    "relobralo": functools.partial(scale_by_relobralo, key=KEY, decay=0.9, rho=0.5),
     "cov": functools.partial(scale_by_cov, decay=0.9),
     "cosmos": scale_by_cosmos,
     "pbi": scale_by_pbi,
@@ -156,7 +156,7 @@ INJECTED = {
     "famo": (scale_by_famo, {"min_losses": 0.1}),
     "stch": (scale_by_stch, {"mu": 0.5}),
     "softadapt": (scale_by_softadapt, {"beta": 2.0}),
-    "relobralo": (functools.partial(scale_by_relobralo, key=KEY), {"alpha": 0.5}),
+    "relobralo": (functools.partial(scale_by_relobralo, key=KEY), {"decay": 0.5}),
     "cov": (scale_by_cov, {"decay": 0.9}),
     "cosmos": (scale_by_cosmos, {"penalty": 2.0}),
     "pbi": (scale_by_pbi, {"penalty": 2.0}),
@@ -179,7 +179,7 @@ def test_options_may_be_schedules(name):
 BAD_OPTIONS = [
     (scale_by_rlw, {"key": 0}, TypeError, "typed random key"),
     (scale_by_relobralo, {"key": 0}, TypeError, "typed random key"),
-    (scale_by_relobralo, {"key": KEY, "alpha": 1.5}, ValueError, "alpha=1.5, expected in"),
+    (scale_by_relobralo, {"key": KEY, "decay": 1.5}, ValueError, "decay=1.5, expected in"),
     (scale_by_relobralo, {"key": KEY, "temperature": 0.0}, ValueError, "temperature=0.0"),
     (scale_by_relobralo, {"key": KEY, "rho": -0.1}, ValueError, "rho=-0.1"),
     (scale_by_stch, {"mu": 0.0}, ValueError, "mu=0.0, expected more than 0"),
@@ -564,12 +564,12 @@ def test_softadapt_skips_what_is_not_finite():
 # ReLoBRaLo.
 
 
-def relobralo_twin(losses, stays, alpha, temperature):
+def relobralo_twin(losses, stays, decay, temperature):
     weights, seen = np.ones(losses.shape[1]), [np.ones(losses.shape[1])]
     balanced = lambda now, then: len(now) * softmax(now / (temperature * then))  # noqa: E731
     for t in range(1, len(losses)):
         past = weights if stays[t] else balanced(losses[t], losses[0])
-        weights = alpha * past + (1 - alpha) * balanced(losses[t], losses[t - 1])
+        weights = decay * past + (1 - decay) * balanced(losses[t], losses[t - 1])
         seen.append(weights)
     return np.stack(seen)
 
@@ -577,7 +577,7 @@ def relobralo_twin(losses, stays, alpha, temperature):
 @pytest.mark.parametrize("rho", [0.0, 1.0])
 def test_relobralo_golden_values_with_and_without_look_back(rho):
     losses = np.random.default_rng(2).uniform(0.5, 2.0, size=(8, 3))
-    tx = scale_by_relobralo(3, key=KEY, alpha=0.8, temperature=0.5, rho=rho)
+    tx = scale_by_relobralo(3, key=KEY, decay=0.8, temperature=0.5, rho=rho)
     expected = relobralo_twin(losses, [rho > 0] * 8, 0.8, 0.5)
     np.testing.assert_allclose(states_of(tx, losses).weights, expected, rtol=1e-5)
 
@@ -585,15 +585,15 @@ def test_relobralo_golden_values_with_and_without_look_back(rho):
 def test_relobralo_looks_back_as_often_as_it_should():
     # Since the start the first task has fallen, since the last step neither has.
     losses = np.concatenate([[[2.0, 1.0]], np.ones((2000, 2))])
-    tx = scale_by_relobralo(2, key=KEY, alpha=1.0, temperature=0.5, rho=0.9)
+    tx = scale_by_relobralo(2, key=KEY, decay=1.0, temperature=0.5, rho=0.9)
     weights = states_of(tx, losses).weights
     looked = np.flatnonzero(np.diff(np.asarray(weights[:, 0])))
-    assert len(looked) == 1  # with alpha 1 a look back fixes the weights for good
+    assert len(looked) == 1  # with a decay of 1 a look back fixes the weights for good
     np.testing.assert_allclose(weights[-1], 2 * softmax([1.0, 2.0]), rtol=1e-6)
     keys = jax.random.split(KEY, 500)
     firsts = jax.vmap(
         lambda key: states_of(
-            scale_by_relobralo(2, key=key, alpha=1.0, temperature=0.5, rho=0.9), losses[:2]
+            scale_by_relobralo(2, key=key, decay=1.0, temperature=0.5, rho=0.9), losses[:2]
         ).weights[1, 0]
     )(keys)
     np.testing.assert_allclose(jnp.mean(firsts == 1), 0.9, atol=0.05)
@@ -601,7 +601,7 @@ def test_relobralo_looks_back_as_often_as_it_should():
 
 def test_relobralo_keeps_the_weight_of_a_task_that_is_not_finite():
     losses = [[1.0, 2.0, 3.0], [0.5, 2.0, 3.0], [0.4, np.nan, 3.0], [0.4, np.inf, 1.0]]
-    tx = scale_by_relobralo(3, key=KEY, alpha=0.5, temperature=0.5, rho=1.0)
+    tx = scale_by_relobralo(3, key=KEY, decay=0.5, temperature=0.5, rho=1.0)
     states = states_of(tx, losses)
     np.testing.assert_array_equal(states.weights[2:, 1], states.weights[1, 1])
     np.testing.assert_allclose(jnp.sum(states.weights, axis=1), 3, rtol=1e-6)

@@ -142,7 +142,7 @@ def test_trimmed_mean_drops_extremes_of_each_entry():
 def test_db_mtl_matches_its_algorithm():
     """Algorithm 1 in NumPy float64, with the average debiased."""
     matrices = [MATRIX, 2 * MATRIX[::-1], MATRIX - 1]
-    _, _, updates = run(db_mtl(3, beta=0.8, beta_sigma=0.5), *matrices, losses=LOSSES)
+    _, _, updates = run(db_mtl(3, decay=0.8, decay_sigma=0.5), *matrices, losses=LOSSES)
     average, product = np.zeros((3, 10)), 1.0
     for step, matrix in enumerate(matrices, 1):
         beta = 0.8 / step**0.5
@@ -173,7 +173,7 @@ def project_to_simplex(v):
 
 def test_moco_matches_its_algorithm():
     matrices = [MATRIX, 2 * MATRIX[::-1], MATRIX - 1]
-    tx = moco(3, beta=0.6, beta_sigma=0.3, gamma=0.5, gamma_sigma=0.2, rho=0.1)
+    tx = moco(3, decay=0.4, decay_sigma=0.3, gamma=0.5, gamma_sigma=0.2, rho=0.1)
     _, state, updates = run(tx, *matrices)
     track, product, w = np.zeros((3, 10)), 1.0, np.full(3, 1 / 3)
     for step, matrix in enumerate(matrices, 1):
@@ -196,7 +196,7 @@ def test_moco_reaches_the_min_norm_point_on_a_fixed_jacobian():
 
 def test_cr_mogm_smooths_the_weights_of_any_aggregator():
     matrices = [MATRIX, 2 * MATRIX[::-1], MATRIX - 1]
-    _, state, updates = run(cr_mogm(3, alpha=0.7), *matrices)
+    _, state, updates = run(cr_mogm(3, decay=0.7), *matrices)
     mgda, smoothed = compiled_update(mtl.mgda, 3), None
     for matrix, update in zip(matrices, updates, strict=True):
         found = np.asarray(mgda(matrix, jnp.ones(3))[1].weights)

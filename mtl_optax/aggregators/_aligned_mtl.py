@@ -67,7 +67,7 @@ def aligned_mtl(
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
-        relative, _ = relative_norms(norms)
+        relative = relative_norms(norms)
         # Longest rows first: of a matrix graded so the SVD finds the small singular values to
         # rounding, where with the rows in another order it loses those below eps times the largest.
         order = jnp.argsort(-relative)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import divide, dot
 from mtl_optax.jacobian import Jacobian
 
 
@@ -57,16 +57,9 @@ def check_preference(preference: Any) -> None:
         check_option("preference", preference, lambda p: p >= 0, "non-negative weights, or None")
 
 
-def relative_norms(norms: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The norms over their largest, at most 1, and that largest, 1 if all are 0."""
-    largest = jnp.max(norms)
-    largest = jnp.where(largest > 0, largest, 1)
-    return norms / largest, largest
-
-
-def raw_weights(coefficients: jax.Array, norms: jax.Array) -> jax.Array:
-    """Coefficients of the unit rows as weights of the rows; a zero row gets none."""
-    return jnp.where(norms > 0, coefficients / jnp.where(norms > 0, norms, 1), 0)
+def relative_norms(norms: jax.Array) -> jax.Array:
+    """The norms over their largest, at most 1."""
+    return divide(norms, jnp.max(norms), norms)
 
 
 class SymmetricFactors(NamedTuple):
@@ -95,7 +88,7 @@ def pseudo_solve(cosines: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Arr
       The solution, and its `(K,)` uncertainty from the rounding of C.
     """
     values, vectors, kept = factors(cosines)
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    inverse = divide(1, jnp.where(kept, values, 0))
     components = dot(rhs, vectors)
     eps = jnp.finfo(values.dtype).eps
     noise = eps * rhs.size * jnp.linalg.norm(rhs) * dot(jnp.abs(vectors), inverse)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_choice, check_option
-from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import raw_weights, relative_norms, solved_aggregator
+from mtl_optax._numerics import divide, dot
+from mtl_optax.aggregators._base import relative_norms, solved_aggregator
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 RESCALES = (None, "1+c", "1+c2")
@@ -80,7 +80,7 @@ def cagrad(
 def _weights(cosines, norms, radius):
     K = norms.size
     eps = jnp.finfo(norms.dtype).eps
-    relative, _ = relative_norms(norms)
+    relative = relative_norms(norms)
     mean = relative / K
     slopes = dot(cosines, mean)
     square = jnp.vdot(mean, slopes)
@@ -93,7 +93,7 @@ def _weights(cosines, norms, radius):
     # asks for <u_k, d> >= μ ρ_k with ρ_k <= 1.
     present = relative > 0
     smallest = jnp.min(jnp.where(present, relative, 1))
-    ratios = raw_weights(jnp.full_like(norms, smallest), relative)
+    ratios = divide(smallest, relative)
 
     ridge = 4 * K * eps
     eye = jnp.eye(K, dtype=norms.dtype)
@@ -121,10 +121,10 @@ def _weights(cosines, norms, radius):
         lift = solution.x
         distance = jnp.sqrt(jnp.maximum(jnp.vdot(lift, dot(cosines, lift)), 0))
         gain = jnp.vdot(ratios, lift)  # distance times its derivative in the bound
-        rounding = eps * (distance + jnp.sum(lift) ** 2 / jnp.where(distance > 0, distance, 1))
+        rounding = eps * (distance + divide(jnp.sum(lift) ** 2, distance))
         excess = distance - radius
         # Convex: from above, Newton's iterates stay above the root.
-        following = bound - excess * distance / jnp.where(gain > 0, gain, 1)
+        following = bound - divide(excess * distance, gain)
         done = (excess <= 4 * rounding) | (gain <= 0) | (following >= bound)
         bound = jnp.where(first, upper_bound(lift), following)
         return lift, bound, solution.converged, done & ~first, steps + 1
@@ -134,4 +134,4 @@ def _weights(cosines, norms, radius):
     lift, _, converged, done, _ = jax.lax.while_loop(unsolved, body, start)
     lift = jnp.where(stationary_mean, 0, lift)
     solved = (done & converged) | stationary_mean
-    return 1 / K + raw_weights(length * lift, relative), solved
+    return 1 / K + divide(length * lift, relative), solved

@@ -6,11 +6,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import preference_vector
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import (
     check_preference,
     pseudo_solve,
-    raw_weights,
     relative_norms,
     solved_aggregator,
 )
@@ -59,15 +58,16 @@ def conflict_free(
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        relative, _ = relative_norms(norms)
+        relative = relative_norms(norms)
         aims = preference_vector(preference, 1.0, jacobian).astype(norms.dtype)
         aims = jnp.where(norms > 0, aims, 0)
         coefficients, noise = pseudo_solve(cosines, aims)
         reached = dot(cosines, coefficients)
         square = jnp.vdot(coefficients, reached)
         solved = (square > jnp.vdot(noise, jnp.abs(aims))) & jnp.all(jnp.isfinite(norms))
-        length = jnp.vdot(relative, reached) / jnp.where(square > 0, square, 1)
+        projection = jnp.vdot(relative, reached)
+        length = divide(projection, square, projection)
         nothing = (jnp.max(norms) == 0) | (jnp.max(aims) == 0)
-        return length * raw_weights(coefficients, relative), solved | nothing
+        return length * divide(coefficients, relative), solved | nothing
 
     return solved_aggregator(num_tasks, solve, 1.0)

@@ -22,7 +22,7 @@ def cr_mogm(
     num_tasks: int,
     *,
     aggregator: optax.GradientTransformation | None = None,
-    alpha: float = 0.9,
+    decay: float = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows with a moving average of an aggregator's weights.
 
@@ -37,19 +37,19 @@ def cr_mogm(
       num_tasks: number of tasks K; static, at least 1.
       aggregator: any that keeps the `weights` of the rows in its state; `mgda(num_tasks)` by
         default.
-      alpha: in [0, 1), weight of the past.
+      decay: alpha in [0, 1), weight of the past.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: that of the aggregator.
 
     Raises:
       TypeError: if the aggregator keeps no `weights`, or is a chain of links that keep several.
-      ValueError: if `num_tasks` < 1, `alpha` is not in [0, 1), or the losses are not K.
+      ValueError: if `num_tasks` < 1, `decay` is not in [0, 1), or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import mtl_optax as mtl
-      >>> tx = mtl.cr_mogm(num_tasks=2, alpha=0.5)
+      >>> tx = mtl.cr_mogm(num_tasks=2, decay=0.5)
       >>> state = tx.init(jnp.zeros(2))
       >>> for J in ([[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.0], [1.0, 1.0]]):
       ...     update, state = tx.update(jnp.array(J), state, losses=jnp.ones(2))
@@ -61,7 +61,7 @@ def cr_mogm(
       Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("alpha", alpha, lambda a: (a >= 0) & (a < 1), "in [0, 1)")
+    check_option("decay", decay, lambda a: (a >= 0) & (a < 1), "in [0, 1)")
     inner = optax.with_extra_args_support(aggregator or mgda(num_tasks))
 
     def init_fn(params):
@@ -73,7 +73,7 @@ def cr_mogm(
         _, inner_state = inner.update(jacobian, state.inner_state, None, **extra_args)
         found = _weights(inner_state, num_tasks)
         usable = jnp.all(jnp.isfinite(found))
-        past = jnp.where(state.count > 0, alpha, 0)
+        past = jnp.where(state.count > 0, decay, 0)
         smoothed = past * state.smoothed + (1 - past) * found
         smoothed = jnp.where(usable, smoothed, state.smoothed).astype(jnp.float32)
         count = state.count + usable.astype(jnp.int32)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link
+from mtl_optax._numerics import divide
 from mtl_optax.conditioning import ema_tasks, log_losses
 
 
@@ -17,7 +18,7 @@ class DbMtlState(NamedTuple):
 
 
 def db_mtl(
-    num_tasks: int, *, beta: float = 0.9, beta_sigma: float = 0.5
+    num_tasks: int, *, decay: float = 0.9, decay_sigma: float = 0.5
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the gradients of the log losses and brings all to the norm of the largest.
 
@@ -30,8 +31,8 @@ def db_mtl(
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      beta: in [0, 1), weight of the past at the first update; 0 keeps none.
-      beta_sigma: >= 0, how fast that weight falls.
+      decay: beta in [0, 1), weight of the past at the first update; 0 keeps none.
+      decay_sigma: sigma >= 0, how fast that weight falls.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: free (K times the largest gradient of
@@ -58,11 +59,11 @@ def db_mtl(
       2023, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("beta", beta, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
-    check_option("beta_sigma", beta_sigma, lambda s: s >= 0, "at least 0")
+    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay_sigma", decay_sigma, lambda s: s >= 0, "at least 0")
     return optax.chain(
         log_losses(),
-        ema_tasks(num_tasks, decay=lambda count: beta / (count + 1.0) ** beta_sigma),
+        ema_tasks(num_tasks, decay=lambda count: decay / (count + 1.0) ** decay_sigma),
         _sum_at_largest_norm(num_tasks),
     )
 
@@ -75,7 +76,7 @@ def _sum_at_largest_norm(num_tasks: int) -> optax.GradientTransformationExtraArg
     def update_fn(jacobian, state, **extra_args):
         del state, extra_args
         norms = jacobian.correlation()[1]
-        weights = jnp.where(norms > 0, jnp.max(norms) / jnp.where(norms > 0, norms, 1), 1)
+        weights = divide(jnp.max(norms), norms, 1)
         return jacobian.combine(weights), DbMtlState(weights.astype(jnp.float32))
 
     return link(init_fn, update_fn, num_tasks)

@@ -5,13 +5,8 @@ from typing import Any
 import optax
 
 from mtl_optax._links import preference_vector
-from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import (
-    check_preference,
-    raw_weights,
-    relative_norms,
-    solved_aggregator,
-)
+from mtl_optax._numerics import divide, dot
+from mtl_optax.aggregators._base import check_preference, relative_norms, solved_aggregator
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 
@@ -56,8 +51,8 @@ def dualproj(num_tasks: int, *, preference: Any = None) -> optax.GradientTransfo
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
-        relative, _ = relative_norms(norms)
+        relative = relative_norms(norms)
         solution = nonnegative_qp(cosines, dot(cosines, shares * relative))
-        return shares + raw_weights(solution.x, relative), solution.converged
+        return shares + divide(solution.x, relative), solution.converged
 
     return solved_aggregator(num_tasks, solve)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_option, preference_vector
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import relative_norms, solved_aggregator
 from mtl_optax.solvers import nonnegative_qp
 
@@ -78,7 +78,7 @@ def epo(
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        relative, _ = relative_norms(norms)
+        relative = relative_norms(norms)
         # What task k's row gains task j along a unit vector: a row of G over its norm.
         gains = cosines * relative[None, :]
 
@@ -113,8 +113,7 @@ def _maximise(objective, constraints, limits):
     simplex, and the dual of that has only signs for constraints.
     """
     K = objective.size
-    largest = jnp.max(jnp.abs(objective))
-    objective = objective / jnp.where(largest > 0, largest, 1)
+    objective = divide(objective, jnp.max(jnp.abs(objective)), objective)
     rows = jnp.concatenate([jnp.eye(K, dtype=objective.dtype), constraints])
     limits = jnp.concatenate([jnp.zeros_like(objective), limits])
     in_plane = rows - jnp.mean(rows, axis=1, keepdims=True)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax._numerics import divide
 
 
 class ExcessMtlState(NamedTuple):
@@ -82,14 +83,14 @@ def excess_mtl(
             if is_shared:
                 g = next(rows).astype(roots[i].dtype)
                 roots[i] = keep_finite(_hypot(roots[i], g), roots[i])
-                part = jnp.abs(g) * (jnp.abs(g) / jnp.where(roots[i] > 0, roots[i], 1))
+                part = jnp.abs(g) * divide(jnp.abs(g), roots[i])
                 risk += jnp.sum(part, axis=tuple(range(1, g.ndim)), dtype=jnp.float32)
 
         warm = state.count < warmup
         finite = jnp.isfinite(risk)
         share = jnp.where(warm & finite, risk / warmup, 0)
         initial = state.initial_risk + share
-        ratio = jnp.where(initial > 0, risk / jnp.where(initial > 0, initial, 1), 1)
+        ratio = divide(risk, initial, 1)
         ratio = jnp.where(finite & ~warm, ratio, 0)
         log_weights = jax.nn.log_softmax(state.log_weights + step_size * ratio)
         log_weights = jnp.where(warm, state.log_weights, log_weights)
@@ -106,5 +107,5 @@ def excess_mtl(
 def _hypot(a: jax.Array, b: jax.Array) -> jax.Array:
     """The root of a² + b², where the squares may leave the range of the type."""
     large = jnp.maximum(jnp.abs(a), jnp.abs(b))
-    ratio = jnp.minimum(jnp.abs(a), jnp.abs(b)) / jnp.where(large > 0, large, 1)
+    ratio = divide(jnp.minimum(jnp.abs(a), jnp.abs(b)), large)
     return large * jnp.sqrt(1 + ratio**2)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, check_option, link, per_task
+from mtl_optax._numerics import divide
 
 
 class GraddropState(NamedTuple):
@@ -82,7 +83,7 @@ def graddrop(
 
 def _drop(rows: jax.Array, leaks: jax.Array, key: jax.Array) -> jax.Array:
     size = jnp.sum(jnp.abs(rows), axis=0)
-    positive = 0.5 * (1 + jnp.sum(rows, axis=0) / jnp.where(size > 0, size, 1))
+    positive = 0.5 * (1 + divide(jnp.sum(rows, axis=0), size))
     picks_positive = positive > jax.random.uniform(key, rows.shape[1:], rows.dtype)
     kept = jnp.where(picks_positive[None], rows > 0, rows < 0)
     leaked = rows * leaks.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, check_option, keep_finite, link
-from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import raw_weights
+from mtl_optax._numerics import divide, dot
 
 
 class GradvacState(NamedTuple):
@@ -20,7 +19,7 @@ class GradvacState(NamedTuple):
 
 
 def gradvac(
-    num_tasks: int, *, key: jax.Array, beta: Any = 0.01
+    num_tasks: int, *, key: jax.Array, decay: Any = 0.99
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns each row towards every row that it agrees with less than usual, then sums.
 
@@ -38,14 +37,14 @@ def gradvac(
     Args:
       num_tasks: number of tasks K; static, at least 1.
       key: a typed random key, split in state: the order is drawn anew for each task and update.
-      beta: rate of the running mean, unitless, in [0, 1]; 0 is PCGrad.
+      decay: 1 - beta in [0, 1], weight of the past in the running mean; 1 is PCGrad.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: sum-like.
 
     Raises:
       TypeError: if `key` is not a typed random key.
-      ValueError: if `num_tasks` < 1, `beta` is not in [0, 1], or the losses are not K.
+      ValueError: if `num_tasks` < 1, `decay` is not in [0, 1], or the losses are not K.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -67,7 +66,7 @@ def gradvac(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("beta", beta, lambda x: (x >= 0) & (x <= 1), "a rate in [0, 1]")
+    check_option("decay", decay, lambda b: (b >= 0) & (b <= 1), "in [0, 1]")
 
     def init_fn(params):
         del params
@@ -80,9 +79,9 @@ def gradvac(
         cosines, norms = jacobian.correlation()
         targets = state.targets.astype(norms.dtype)
         coefficients, seen = _vaccinate(cosines, targets, order_key)
-        weights = raw_weights(dot(norms, coefficients), norms)
+        weights = divide(dot(norms, coefficients), norms)
         update = jacobian.combine(weights)
-        mixed = targets + jnp.asarray(beta, norms.dtype) * (seen - targets)
+        mixed = targets + jnp.asarray(1 - decay, norms.dtype) * (seen - targets)
         targets = keep_finite(mixed, targets).astype(jnp.float32)
         return update, GradvacState(weights.astype(jnp.float32), targets, next_key)
 
@@ -107,7 +106,7 @@ def _vaccinate(cosines, targets, key):
             products = dot(cosines, coefficients)
             length = jnp.sqrt(jnp.maximum(jnp.vdot(coefficients, products), 0))
             regular = (length > 0) & (other != task) & (cosines[other, other] > 0)
-            cosine = jnp.clip(products[other] / jnp.where(length > 0, length, 1), -1, 1)
+            cosine = jnp.clip(divide(products[other], length), -1, 1)
             aim = target[other]
             step = length * (aim * sine(cosine) / sine(aim) - cosine)
             coefficients = coefficients.at[other].add(jnp.where(regular & (cosine < aim), step, 0))

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.aggregators._base import pseudo_solve, raw_weights, relative_norms, solved_aggregator
+from mtl_optax._numerics import divide
+from mtl_optax.aggregators._base import pseudo_solve, relative_norms, solved_aggregator
 
 
 def imtl_g(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -49,14 +50,14 @@ def imtl_g(num_tasks: int) -> optax.GradientTransformationExtraArgs:
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        relative, _ = relative_norms(norms)
+        relative = relative_norms(norms)
         present = norms > 0
         coefficients, noise = pseudo_solve(cosines, present.astype(norms.dtype))
         # The smallest row sets the scale; without it a sum of 1 / norm could overflow.
         smallest = jnp.min(jnp.where(present, relative, 1))
-        weights = smallest * raw_weights(coefficients, relative)
+        weights = smallest * divide(coefficients, relative)
         total = jnp.sum(weights)
-        noise = jnp.sum(smallest * raw_weights(noise, relative))
+        noise = jnp.sum(smallest * divide(noise, relative))
         solved = (jnp.abs(total) > noise) & jnp.all(jnp.isfinite(norms))
         # Without a gradient there is nothing to weigh: that is no failure.
         nothing = ~jnp.any(present)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax._numerics import divide, wide
 from mtl_optax.aggregators._conflict_free import conflict_free
 
 
@@ -98,9 +99,9 @@ def _cycle_tasks(num_tasks, b1):
             for m, g in zip(averages, newest, strict=True)
         ]
         products = jnp.where(turn & good, b1 * state.decay_products, state.decay_products)
-        seen = jnp.where(products < 1, 1 - products, 1)
+        seen = 1 - products
         rows = [
-            (m / seen.reshape(-1, *[1] * (m.ndim - 1))).astype(g.dtype)
+            divide(m, seen.reshape(-1, *[1] * (m.ndim - 1)), m).astype(g.dtype)
             for m, g in zip(averages, newest, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -112,9 +113,7 @@ def _cycle_tasks(num_tasks, b1):
 
 def _pseudo_moment(b1, b2, eps):
     def init_fn(params):
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros(p.shape, jnp.promote_types(jnp.float32, p.dtype)), params
-        )
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
         # Not the same arrays twice: a donated buffer may occur once.
         return PseudoMomentState(zeros, jax.tree.map(jnp.copy, zeros), jnp.zeros([], jnp.int32))
 
@@ -133,8 +132,7 @@ def _pseudo_moment(b1, b2, eps):
             implied = (momentum - b1 * m) / (1 - b1)
             second = keep_finite(b2 * v + (1 - b2) * implied**2, v)
             root = jnp.sqrt(second / (1 - b2**count))
-            divisor = jnp.where(root + eps > 0, root + eps, 1)
-            step = (d / divisor).astype(d.dtype)
+            step = divide(d, root + eps, d).astype(d.dtype)
             new.append((step, momentum.astype(m.dtype), second.astype(v.dtype)))
         steps, momenta, seconds = zip(*new, strict=True)
         like = jax.tree.structure(state.momentum).unflatten

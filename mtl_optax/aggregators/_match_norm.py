@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_choice, link
-from mtl_optax._numerics import power_of_two
+from mtl_optax._numerics import divide, power_of_two, wide
 
 TARGETS = ("mean", "sum")
 
@@ -61,8 +61,7 @@ def match_norm(
         plain = jacobian.combine(1.0 if to == "sum" else 1.0 / jacobian.num_tasks)
         (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)
         # In this order nothing leaves the range before the result does.
-        factor = target / jnp.where(length > 0, length, 1) * (target_unit / unit)
-        factor = jnp.where(length > 0, factor, 1)
+        factor = jnp.where(length > 0, divide(target, length) * (target_unit / unit), 1)
         leaves, treedef = jax.tree.flatten(update)
         leaves = [
             (leaf * factor.astype(jnp.promote_types(leaf.dtype, factor.dtype))).astype(leaf.dtype)
@@ -79,8 +78,8 @@ def match_norm(
 def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
     """The norm over the shared leaves as a number times a power of two: squares may overflow."""
     leaves = [leaf for leaf, s in zip(jax.tree.leaves(tree), shared, strict=True) if s]
-    wide = [leaf.astype(jnp.promote_types(jnp.float32, leaf.dtype)) for leaf in leaves]
-    if not wide:
+    leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
+    if not leaves:
         return jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32)
-    unit = power_of_two(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in wide])))
-    return jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in wide)), unit
+    unit = power_of_two(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves])))
+    return jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves)), unit

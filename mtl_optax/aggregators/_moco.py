@@ -21,8 +21,8 @@ class MocoState(NamedTuple):
 def moco(
     num_tasks: int,
     *,
-    beta: float = 0.5,
-    beta_sigma: float = 0.5,
+    decay: float = 0.5,
+    decay_sigma: float = 0.5,
     gamma: float = 0.1,
     gamma_sigma: float = 0.5,
     rho: float = 0.0,
@@ -39,8 +39,8 @@ def moco(
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      beta: in (0, 1], weight of the newest row at the first update.
-      beta_sigma: >= 0, how fast that weight falls.
+      decay: 1 - beta in [0, 1), weight of the past at the first update.
+      decay_sigma: sigma_beta >= 0, how fast beta, the weight of the newest row, falls.
       gamma: > 0, step size of the weights, relative to the mean squared norm of the tracks.
       gamma_sigma: >= 0, how fast it falls.
       rho: >= 0, pull towards even weights, in the same units.
@@ -71,12 +71,12 @@ def moco(
       <https://openreview.net/forum?id=dLAYGdKTi2>`_, ICLR 2023, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("beta", beta, lambda b: (b > 0) & (b <= 1), "in (0, 1]")
+    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
     check_option("gamma", gamma, lambda g: g > 0, "more than 0")
-    for name, value in (("beta_sigma", beta_sigma), ("gamma_sigma", gamma_sigma), ("rho", rho)):
+    for name, value in (("decay_sigma", decay_sigma), ("gamma_sigma", gamma_sigma), ("rho", rho)):
         check_option(name, value, lambda x: x >= 0, "at least 0")
     return optax.chain(
-        ema_tasks(num_tasks, decay=lambda count: 1 - beta / (count + 1.0) ** beta_sigma),
+        ema_tasks(num_tasks, decay=lambda count: 1 - (1 - decay) / (count + 1.0) ** decay_sigma),
         _sum_with_moved_weights(num_tasks, gamma, gamma_sigma, rho),
     )
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link, per_task, task_position
+from mtl_optax._numerics import divide
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 
@@ -39,7 +40,7 @@ def pcd(
       num_tasks: number of tasks K; static, at least 1.
       primary: the first among the tasks, by its name or its position in the order of the losses.
       tau: in [0, 1], one for all tasks or a tree like the losses (the primary's is not used).
-      decay: beta in [0, 1), of the average of the squared norms.
+      decay: beta in [0, 1), weight of the past in the average of the squared norms.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: the norm of the primary's gradient.
@@ -87,8 +88,8 @@ def pcd(
         square = decay * (mean / unit) ** 2 + (1 - decay) * (norms / unit) ** 2
         mean = jnp.where(finite, unit * jnp.sqrt(square), mean)
         mass = jnp.where(finite, decay * mass + (1 - decay), mass)
-        debiased = mean / jnp.sqrt(jnp.where(mass > 0, mass, 1))
-        length = norms / jnp.where(debiased > 0, debiased, 1)
+        debiased = divide(mean, jnp.sqrt(mass))
+        length = divide(norms, debiased, norms)
 
         others = jnp.arange(num_tasks) != first
         share = per_task("tau", tau, jacobian) * length
@@ -111,7 +112,7 @@ def pcd(
         rounding = 10 * jnp.finfo(Q.dtype).eps * jnp.sum(jnp.abs(direction)) ** 2
         nonzero = square > rounding
         scale = norms[first] / jnp.sqrt(jnp.where(nonzero, square, 1))
-        of_rows = jnp.where(norms > 0, scale / jnp.where(norms > 0, norms, 1), 0)
+        of_rows = divide(scale, norms)
         weights = jnp.where(nonzero, direction * of_rows, 0)
         new_state = PcdState(
             weights.astype(jnp.float32),

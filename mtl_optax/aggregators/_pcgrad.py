@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_key, check_num_tasks, link
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import divide, dot
 
 
 class PcgradState(NamedTuple):
@@ -89,4 +89,4 @@ def _projected_weights(cosines: jax.Array, norms: jax.Array, key: jax.Array) -> 
         return jax.lax.fori_loop(0, num_tasks, off, unit)
 
     total = dot(norms, jax.vmap(project)(tasks, orders))
-    return jnp.where(norms > 0, total / jnp.where(norms > 0, norms, 1), 0)
+    return divide(total, norms)

@@ -6,12 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import preference_vector
-from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import (
-    check_preference,
-    raw_weights,
-    solved_aggregator,
-)
+from mtl_optax._numerics import divide, dot
+from mtl_optax.aggregators._base import check_preference, solved_aggregator
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 
@@ -63,7 +59,7 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
         cosines, norms = jacobian.correlation()
         shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
         solutions = project_on_cosines(cosines)
-        lift = raw_weights(dot(shares * norms, solutions.x), norms)
+        lift = divide(dot(shares * norms, solutions.x), norms)
         return shares + lift, jnp.all(solutions.converged)
 
     return solved_aggregator(num_tasks, solve)

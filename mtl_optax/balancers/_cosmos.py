@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link, preference_vector
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import check_preference, unit_vector
 
@@ -79,7 +80,7 @@ def scale_by_cosmos(
         direction, size = unit_vector(jnp.where(finite, loss, 0))
         turn = ray - jnp.sum(ray * direction) * direction
         # All losses 0 have no direction to turn.
-        weights = r - penalty * jnp.where(size > 0, turn / jnp.where(size > 0, size, 1), 0)
+        weights = r - penalty * divide(turn, size)
         # Near 0 losses the turn may overflow, and inf times a gradient of 0 would be NaN.
         largest = jnp.finfo(weights.dtype).max
         weights = jnp.clip(weights, -largest, largest)

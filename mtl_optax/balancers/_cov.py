@@ -37,8 +37,8 @@ def scale_by_cov(num_tasks: int, *, decay: float = 1.0) -> optax.GradientTransfo
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      decay: of the running means in (0, 1], unitless; 1 averages all steps alike, as the paper
-        does, 0.99 about the last hundred.
+      decay: weight of the past in the running means, in (0, 1]; 1 averages all steps alike, as
+        the paper does, 0.99 about the last hundred.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).

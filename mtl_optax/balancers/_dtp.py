@@ -22,12 +22,12 @@ class DtpState(NamedTuple):
 
 
 def scale_by_dtp(
-    num_tasks: int, *, gamma: Any = 1.0, discount: float = 0.1
+    num_tasks: int, *, gamma: Any = 1.0, decay: float = 0.9
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by how far its performance is from perfect.
 
     .. math:: \lambda_k = -(1 - \bar\kappa_k)^{\gamma_k} \log\bar\kappa_k, \quad
-              \bar\kappa_k \leftarrow a\,\kappa_k + (1 - a)\,\bar\kappa_k
+              \bar\kappa_k \leftarrow (1 - \beta)\,\kappa_k + \beta\,\bar\kappa_k
 
     :math:`\kappa_k \in [0, 1]` is a key performance indicator such as the accuracy, or for a
     regression the share of predictions within a threshold. It comes with each update as the extra
@@ -40,7 +40,7 @@ def scale_by_dtp(
       num_tasks: number of tasks K; static, at least 1.
       gamma: focusing exponent, unitless, >= 0, one for all tasks or a tree like the losses; larger
         turns away faster from tasks that do well.
-      discount: a in (0, 1], the weight of the newest KPI; larger is more recent.
+      decay: beta in [0, 1), weight of the past; 1 - beta is the paper's discount factor alpha.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: free (from 0 for a solved task to about
@@ -48,7 +48,7 @@ def scale_by_dtp(
 
     Raises:
       TypeError: if `kpis=` is missing.
-      ValueError: if `num_tasks` < 1, `gamma` < 0, `discount` is not in (0, 1], or the losses or
+      ValueError: if `num_tasks` < 1, `gamma` < 0, `decay` is not in [0, 1), or the losses or
         KPIs are not K.
 
     Examples:
@@ -67,7 +67,7 @@ def scale_by_dtp(
     """
     check_num_tasks(num_tasks)
     check_option("gamma", gamma, lambda g: g >= 0, "at least 0")
-    check_option("discount", discount, lambda a: (a > 0) & (a <= 1), "in (0, 1]")
+    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
 
     def init_fn(params):
         del params
@@ -87,7 +87,7 @@ def scale_by_dtp(
         seen = per_task("kpis", jax.lax.stop_gradient(kpis), jacobian).astype(jnp.float32)
         valid = (seen >= 0) & (seen <= 1)  # False for NaN
         clamped = jnp.clip(seen, 0, 1)
-        average = discount * clamped + (1 - discount) * state.kpis
+        average = decay * state.kpis + (1 - decay) * clamped
         average = jnp.where(jnp.isnan(state.kpis), clamped, average)
         average = jnp.where(jnp.isnan(seen), state.kpis, average)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link, per_task
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 
 
@@ -77,9 +78,9 @@ def scale_by_encodec(
         average = norms / jnp.maximum(masses, 1)
 
         share = per_task("shares", shares, jacobian).astype(jnp.float32)
-        share = share / jnp.where(jnp.sum(share) > 0, jnp.sum(share), 1)
+        share = divide(share, jnp.sum(share), share)
         total = jnp.sum(average) if total_norm is None else total_norm
-        weights = jnp.where(average > 0, share * (total / jnp.where(average > 0, average, 1)), 1)
+        weights = jnp.where(average > 0, share * divide(total, average), 1)
         weights = weights.astype(jnp.float32)
         return jacobian.scale(weights), EncodecState(weights, norms, masses)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link, task_position
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 
 
@@ -77,7 +78,7 @@ def scale_by_lr_annealing(
             largest = jnp.maximum(largest, jnp.max(entries, axis=axes, initial=0))
             total += jnp.sum(entries, axis=axes)
             size += rows[0].size
-        ratio = largest[position] / jnp.where(total > 0, total / max(size, 1), jnp.nan)
+        ratio = divide(largest[position], total / max(size, 1), jnp.nan)
         weights = decay * state.weights + (1 - decay) * ratio
         weights = jnp.where(jnp.isfinite(ratio), weights, state.weights)
         weights = jnp.where(jnp.arange(num_tasks) == position, 1, weights).astype(jnp.float32)

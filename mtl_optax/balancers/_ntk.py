@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, link, per_task
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 
 
@@ -67,12 +68,12 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
             norms = jacobian.correlation()[1]
             largest = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))
             # Ratios before squares, which may leave the range.
-            traces = (norms / jnp.where(largest > 0, largest, 1)) ** 2
+            traces = divide(norms, largest, norms) ** 2
         else:
             traces = per_task("ntk_traces", jax.lax.stop_gradient(ntk_traces), jacobian)
         usable = jnp.isfinite(traces)
         total = jnp.sum(jnp.where(usable, traces, 0))
-        weights = jnp.where(traces > 0, total / jnp.where(traces > 0, traces, 1), 1)
+        weights = divide(total, traces, 1)
         weights = jnp.where(usable, weights, state.weights)
         weights = jnp.minimum(weights, jnp.finfo(jnp.float32).max).astype(jnp.float32)
         return jacobian.scale(weights), NtkState(weights)

@@ -24,7 +24,7 @@ def scale_by_relobralo(
     num_tasks: int,
     *,
     key: jax.Array,
-    alpha: float = 0.999,
+    decay: float = 0.999,
     temperature: float = 0.1,
     rho: float = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,7 +42,7 @@ def scale_by_relobralo(
     Args:
       num_tasks: number of tasks K; static, at least 1.
       key: a typed random key, split in state.
-      alpha: share of the past in [0, 1]; larger is smoother.
+      decay: alpha in [0, 1], weight of the past; larger is smoother.
       temperature: softmax temperature T, unitless, > 0; larger is more even.
       rho: mean of b in [0, 1]; smaller looks back more often.
 
@@ -51,13 +51,13 @@ def scale_by_relobralo(
 
     Raises:
       TypeError: if `key` is not a typed random key.
-      ValueError: if `num_tasks` < 1, `temperature` <= 0, `alpha` or `rho` is not in [0, 1], or the
+      ValueError: if `num_tasks` < 1, `temperature` <= 0, `decay` or `rho` is not in [0, 1], or the
         losses are not K.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import mtl_optax as mtl
-      >>> tx = mtl.scale_by_relobralo(2, key=jax.random.key(0), alpha=0.5, temperature=1.0, rho=1.0)
+      >>> tx = mtl.scale_by_relobralo(2, key=jax.random.key(0), decay=0.5, temperature=1.0, rho=1.0)
       >>> state = tx.init(None)
       >>> for losses in ([2.0, 2.0], [1.0, 2.0]):
       ...     jac, state = tx.update(jnp.ones((2, 3)), state, losses=jnp.array(losses))
@@ -70,7 +70,7 @@ def scale_by_relobralo(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("alpha", alpha, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
+    check_option("decay", decay, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
     check_option("temperature", temperature, lambda t: t > 0, "more than 0")
     check_option("rho", rho, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
 
@@ -97,7 +97,7 @@ def scale_by_relobralo(
 
         stays = jax.random.bernoulli(draw_key, jnp.asarray(rho, jnp.float32))
         past = jnp.where(stays, state.weights, balanced(state.initial_losses))
-        weights = alpha * past + (1 - alpha) * balanced(state.last_losses)
+        weights = decay * past + (1 - decay) * balanced(state.last_losses)
         new_state = RelobraloState(
             weights=weights.astype(jnp.float32),
             initial_losses=keep_finite(state.initial_losses, _finite_or_nan(loss)),

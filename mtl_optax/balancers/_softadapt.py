@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_num_tasks, check_option, link
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import positive_log, softmax_over
 
@@ -101,8 +102,7 @@ def scale_by_softadapt(
         rate = mean - state.losses
         rate = jnp.where(jnp.isfinite(rate), rate, 0)
         if normalize:
-            largest = jnp.max(jnp.abs(rate))
-            rate = rate / jnp.where(largest > 0, largest, 1)
+            rate = divide(rate, jnp.max(jnp.abs(rate)))
             rate = rate / jnp.maximum(jnp.sum(jnp.abs(rate)), 1)
         logits, usable = beta * rate, jnp.ones(num_tasks, bool)
         if loss_weighted:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtl_optax._links import check_option, is_traced
-from mtl_optax._numerics import power_of_two
+from mtl_optax._numerics import divide, power_of_two
 
 
 def positive_log(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -54,4 +54,4 @@ def unit_vector(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     divisor = power_of_two(jnp.max(jnp.abs(x)))
     near_one = x / divisor
     length = jnp.sqrt(jnp.sum(near_one**2))
-    return near_one / jnp.where(length > 0, length, 1), length * divisor
+    return divide(near_one, length, near_one), length * divisor

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_option, link, per_task
+from mtl_optax._numerics import divide
 
 
 def clip_tasks(max_norm: Any) -> optax.GradientTransformationExtraArgs:
@@ -43,7 +44,7 @@ def clip_tasks(max_norm: Any) -> optax.GradientTransformationExtraArgs:
         del extra_args
         limits = per_task("max_norm", max_norm, jacobian)
         norms = jacobian.correlation()[1]
-        weights = jnp.where(norms > limits, limits / jnp.where(norms > 0, norms, 1), 1)
+        weights = jnp.where(norms > limits, divide(limits, norms), 1)
         return jacobian.scale(weights), state
 
     return link(optax.init_empty_state, update_fn)

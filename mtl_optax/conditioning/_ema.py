@@ -32,7 +32,8 @@ def ema_tasks(
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      decay: beta in [0, 1), or a schedule: a function from the number of updates so far to it.
+      decay: beta in [0, 1), weight of the past, or a schedule: a function from the number of
+        updates so far to it.
       debias: whether to undo the weight of the zeros that the average starts from.
 
     Returns:

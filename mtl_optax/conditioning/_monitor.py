@@ -31,7 +31,7 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      decay: beta in [0, 1]; larger looks back further, 1 over all updates.
+      decay: beta in [0, 1], weight of the past; larger looks back further, 1 over all updates.
 
     Returns:
       A balancer: Jacobian in, the same Jacobian out. Update scale: as before.

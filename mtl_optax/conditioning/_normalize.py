@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._links import check_choice, link
+from mtl_optax._numerics import divide
 
 KINDS = ("l2", "loss", "loss+", "max")
 
@@ -46,14 +47,12 @@ def normalize_tasks(kind: str = "l2") -> optax.GradientTransformationExtraArgs:
         weights = jnp.ones(jacobian.num_tasks, jacobian.dtype)
         if kind != "loss":
             norms = jacobian.correlation()[1]
-            weights = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 1)
-            if kind == "max":
-                # Norm over norm: the product of the largest and an inverse may leave the range.
-                largest = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))
-                weights = jnp.where(norms > 0, largest / jnp.where(norms > 0, norms, 1), 1)
+            length = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0)) if kind == "max" else 1
+            # Norm over norm: the product of the largest and an inverse may leave the range.
+            weights = divide(length, norms, 1)
         if kind in ("loss", "loss+"):
             loss = jacobian.loss_vector()
-            weights = weights / jnp.where(loss > 0, loss, 1)
+            weights = divide(weights, loss, weights)
         return jacobian.scale(weights), state
 
     return link(optax.init_empty_state, update_fn)

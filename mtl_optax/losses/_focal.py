@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from mtl_optax._numerics import wide
+
 # Where the logarithmic base loss becomes its tangent: -log(1 - e) has an unbounded slope at e = 1.
 _LINEAR_FROM = 1.0 - 1e-3
 
@@ -63,13 +65,13 @@ def softmax_focal_loss(
     # As a binary problem, label against the rest: p = sigmoid(-margin), so log(1 - p) is a
     # log-sigmoid, which neither cancels at p -> 0 nor overflows at p -> 1. The label's own logit
     # is masked by the smallest finite number, since with -inf a single class has NaN gradients.
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    scores = logits.astype(wide(logits.dtype))
     index = jnp.expand_dims(labels, -1)
-    classes = jax.lax.broadcasted_iota(jnp.int32, wide.shape, wide.ndim - 1)
-    rest = jnp.where(classes == index.astype(jnp.int32), jnp.finfo(wide.dtype).min, wide)
-    label_logit = jnp.take_along_axis(wide, index, axis=-1).squeeze(-1)
+    classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    rest = jnp.where(classes == index.astype(jnp.int32), jnp.finfo(scores.dtype).min, scores)
+    label_logit = jnp.take_along_axis(scores, index, axis=-1).squeeze(-1)
     margin = jax.nn.logsumexp(rest, axis=-1) - label_logit
-    weight = jnp.exp(gamma.astype(wide.dtype) * jax.nn.log_sigmoid(margin))
+    weight = jnp.exp(gamma.astype(scores.dtype) * jax.nn.log_sigmoid(margin))
 
     alpha = alpha.astype(logits.dtype)
     alpha = alpha if alpha.ndim == 0 else jnp.take(alpha, labels)
@@ -135,18 +137,18 @@ def regression_focal_loss(
             "pass for example optax.losses.l2_loss"
         )
 
-    wide = jnp.abs(errors.astype(jnp.promote_types(errors.dtype, jnp.float32)))
-    values = base(wide) if callable(base) else _negative_log_complement(wide)
-    if values.shape != wide.shape:
+    sizes = jnp.abs(errors.astype(wide(errors.dtype)))
+    values = base(sizes) if callable(base) else _negative_log_complement(sizes)
+    if values.shape != sizes.shape:
         raise ValueError(
-            f"base returned shape {values.shape} for errors of shape {wide.shape}, expected the "
+            f"base returned shape {values.shape} for errors of shape {sizes.shape}, expected the "
             "same shape: it must not reduce"
         )
     # The slope of e**gamma at 0 is infinite for gamma < 1, but the product with b is flat there:
     # the inner `where` keeps 0 * inf out of the gradient.
-    gamma = gamma.astype(wide.dtype)
-    positive = wide > 0
-    weight = jnp.minimum(jnp.where(positive, wide, 1.0), 1.0) ** gamma
+    gamma = gamma.astype(sizes.dtype)
+    positive = sizes > 0
+    weight = jnp.minimum(jnp.where(positive, sizes, 1.0), 1.0) ** gamma
     weight = jnp.where(positive, weight, jnp.where(gamma == 0, 1.0, 0.0))
     return (weight * values).astype(errors.dtype)
 

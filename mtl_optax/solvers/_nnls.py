@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.scipy as jsp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import dot, power_of_two
+from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -90,8 +90,9 @@ def _solve(A, b, *, max_steps):
 
     def violation(x):
         slope = dot(misfit(x), A)
+        wrong = jnp.where(x > 0, jnp.abs(slope), slope)
         rounding = norm * (norm_b + jnp.vdot(norm, jnp.abs(x)))
-        return jnp.where(x > 0, jnp.abs(slope), slope) / jnp.where(rounding > 0, rounding, 1)
+        return divide(wrong, rounding, wrong)
 
     gramian = dot(A.T, A)
     ridge = _base.smallest_ridge(gramian)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import dot, power_of_two
+from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 from mtl_optax.solvers._base import _PATIENCE, _REENTRY
 
@@ -111,15 +111,16 @@ def _solve_scaled(C, q, norm, max_steps):
     """The program whose C has about unit diagonal, its roots `norm`: x, residual and steps."""
     curved = norm > 0
     flat_slope = jnp.where(curved, 0, jnp.abs(q))
-    steepest = jnp.max(jnp.where(curved, jnp.abs(q) / jnp.where(curved, norm, 1), 0))
+    steepest = jnp.max(divide(jnp.abs(q), norm))
 
     def gradient(x):
         return dot(C, x) + q
 
     def violation(x):
         slope = gradient(x)
+        wrong = jnp.where(x > 0, jnp.abs(slope), -slope)
         rounding = norm * (steepest + jnp.vdot(norm, jnp.abs(x))) + flat_slope
-        return jnp.where(x > 0, jnp.abs(slope), -slope) / jnp.where(rounding > 0, rounding, 1)
+        return divide(wrong, rounding, wrong)
 
     x, steps = _active_set(C, q, gradient, violation, curved, max_steps)
     return x, jnp.maximum(jnp.max(violation(x)), 0), steps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.scipy as jsp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import dot, power_of_two
+from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -118,7 +118,7 @@ def _solve(Q, scales, power, *, max_steps):
         rho = jnp.maximum(jnp.max(-relative), 0)
         # t ρ, what the variable that falls fastest loses; never so much as to round to all of it.
         drop = jnp.minimum(-jnp.expm1(-jnp.log1p(p * rho) / p), 1 - 1e-3)
-        length = jnp.where(rho > 0, drop / jnp.where(rho > 0, rho, 1), 1)
+        length = divide(drop, rho, 1)
         y = y * jnp.maximum(1 + length * relative, 1 - drop)
         return y, jnp.max(jnp.abs(relative)), steps + 1
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import dot, power_of_two
+from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -139,15 +139,13 @@ def _solve(Q, q, floors, total, *, max_steps):
     def target(x, free):
         # aaᵀ changes nothing on the constraint and makes the system regular where the problem is.
         normal = jnp.where(free, a, 0)
-        length = jnp.linalg.norm(normal)
-        normal = normal / jnp.where(length > 0, length, 1)
+        normal = divide(normal, jnp.linalg.norm(normal), normal)
         M = C + normal[:, None] * normal[None, :]
         # Free of its multiple of a, which the constraint absorbs, the slope is small near the end.
         slope = gradient(x)
         slope = slope - jnp.vdot(x - lower, slope) / span * a
         u, v = _base.solve_free(M, ridge, free, jnp.stack([slope, a], axis=1)).T
-        gain = jnp.vdot(a, v)
-        v = v / jnp.where(gain > 0, gain, 1)
+        v = divide(v, jnp.vdot(a, v), v)
         missing = total - jnp.vdot(a, x)
         step = (missing + jnp.vdot(a, u)) * v - u
         # Where u is large the sum was rounded away; once more restores it.
@@ -159,16 +157,17 @@ def _solve(Q, q, floors, total, *, max_steps):
         h = s * (dot(jnp.abs(C), jnp.abs(x) + eps * room * s) + jnp.abs(q))
         multiplier = jnp.where(room > 0, jnp.vdot(y, g), jnp.min(g))
         rounding = jnp.vdot(jnp.abs(y), h) + h
-        return (multiplier - g) / jnp.where(rounding > 0, rounding, 1)
+        rise = multiplier - g
+        return divide(rise, rounding, rise)
 
     free, steps = _base.guess(lower, target, violation, max_steps)
     y = jnp.maximum(target(lower, free) - lower, 0)
     mass = jnp.vdot(a, y)
-    y = jnp.where(mass > 0, y * (room / jnp.where(mass > 0, mass, 1)), s * room / K)
+    y = jnp.where(mass > 0, y * divide(room, mass), s * room / K)
     x, steps = _base.active_set(lower + y, lower, target, violation, steps, max_steps)
 
     gap = jnp.maximum(jnp.max(violation(x)), 0)
     x = a * x
     size = jnp.sum(jnp.abs(x)) + jnp.abs(total)
-    unbalanced = jnp.abs(jnp.sum(x) - total) / jnp.where(size > 0, size, 1)
-    return _base.result(x, jnp.maximum(gap, unbalanced), steps)
+    missing = jnp.abs(jnp.sum(x) - total)
+    return _base.result(x, jnp.maximum(gap, divide(missing, size, missing)), steps)
