@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mtl_optax._compat import explicit_mesh, varying_axes
@@ -44,7 +43,7 @@ def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """x whole on every device of a mesh with Explicit axes, where sharding is part of the type."""
+    """The array whole on every device of a mesh with Explicit axes, where sharding is part of the type."""
     mesh = explicit_mesh(x)
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
