@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import mtl_optax as mtl
-from mtl_optax import _ghost
+from mtl_optax.jacobian.ways import ghost
 from tests import xla_flags
 
 TOLERANCE = 1e-9
@@ -862,7 +862,7 @@ def tapping(tap_all: bool) -> Iterator[None]:
     if not tap_all:
         yield
         return
-    with mock.patch.object(_ghost, "_rows_cost", lambda *_: float("inf")):  # noqa: PT008
+    with mock.patch.object(ghost, "_rows_cost", lambda *_: float("inf")):  # noqa: PT008
         yield
 
 

@@ -43,7 +43,7 @@ def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """The array whole on every device of a mesh with Explicit axes, where sharding is part of the type."""
+    """The array whole on every device of a mesh whose axes are Explicit."""
     mesh = explicit_mesh(x)
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 

@@ -140,17 +140,20 @@ class Ghost(Way):
 def _cut(heads: Heads, uses: Sequence[Use]) -> Heads:
     """The heads of the program without the tapped equations, every y appended to its leaves."""
     linear, jaxpr = heads.linear, heads.linear.program.jaxpr
-    tapped = {id(use.steps[-1]) for use in uses}
+    cut = {id(use.steps[-1]) for use in uses}
     program = Program(
         jaxpr.replace(
-            eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in tapped],
+            eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in cut],
             invars=[*jaxpr.invars, *(use.y for use in uses)],
         )
     )
+    tapped_linear = dataclasses.replace(linear, program=program)
+    if linear.num_tasks == 1:
+        return tapped_linear.heads()  # all of the program is one head
     # What is tapped feeds all tasks, so it is no part of any head.
     met = dict(zip(linear.program.parts.meets, heads.at_trunk, strict=True))
     return Heads(
-        dataclasses.replace(linear, program=program),
+        tapped_linear,
         [*heads.at_leaves, *(met.get(use.y, {}) for use in uses)],
         [met[v] for v in program.parts.meets],
     )
