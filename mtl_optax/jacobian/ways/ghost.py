@@ -185,7 +185,7 @@ def _find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
     """The wanted leaves of which every use has the form of `Use`, with their uses."""
     jaxpr, constants = program.jaxpr, set(program.jaxpr.constvars)
     views: dict[Any, tuple[int, tuple[Any, ...]]] = {
-        v: (i, ()) for i, v in enumerate(jaxpr.invars) if wanted[i]
+        v: (i, ()) for i, v in enumerate(jaxpr.invars) if wanted[i] and v.aval.size
     }
     uses: dict[int, list[Use]] = {}
     other = {views[v][0] for v in filter(is_var, jaxpr.outvars) if v in views}
@@ -215,7 +215,7 @@ def _use(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use |
         return None
     side = eqn.invars.index(w)
     x, y = eqn.invars[1 - side], eqn.outvars[0]
-    if not (is_var(x) and x in constants):
+    if not (is_var(x) and x in constants and x.aval.size):
         return None
     if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in (x, y)):
         return None  # the row is the real part alone of xᵀδ
@@ -229,7 +229,7 @@ def _use(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use |
         return Use(
             steps=(*steps, eqn),
             x=x,
-            size=(e, n, c, math.prod(shape) // max(e * c, 1)),
+            size=(e, n, c, math.prod(shape) // (e * c)),
             layout=("dot_general", path, tuple(batch[side]), tuple(contract[side])),
             x_dims=(*batch[1 - side], *free, *contract[1 - side]),
             output_first=side == 0,
