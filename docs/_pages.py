@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mtl_optax as mtl
-from mtl_optax import catalog, jacobian, summary
+from mtl_optax import catalog, jacobian, links, summary
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -31,11 +31,12 @@ SCALES = {
 # Title, module, names. What stands on a method's page is left out.
 API = (
     ("Jacobian", jacobian, ("Jacobian", "value_and_jac", "value_and_feature_jac", "as_jacobian",
-                            "Sketch", "task_names")),
+                            "Sketch", "Plan", "LeafPlan", "task_names")),
     ("Around the strategies", mtl.conditioning, mtl.conditioning.__all__),
     ("Wrappers and helpers", mtl, ("match_norm", "ntk_traces", "observe_losses")),
     ("Reading the state", summary, ("summarize",)),
-    ("Catalog", catalog, ("make", "Strategy", "STRATEGIES")),
+    ("Catalog", catalog, ("make", "register", "Strategy", "STRATEGIES")),
+    ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
     ("Models", mtl.models, mtl.models.__all__),
     ("Metrics", mtl.metrics, ("delta_m", "mean_rank", "hypervolume")),

@@ -12,7 +12,12 @@ from mtl_optax import (
 from mtl_optax._observe import observe_losses as observe_losses
 from mtl_optax.aggregators import *
 from mtl_optax.balancers import *
-from mtl_optax.catalog import STRATEGIES as STRATEGIES, make as make
+from mtl_optax.catalog import (
+    STRATEGIES as STRATEGIES,
+    Strategy as Strategy,
+    make as make,
+    register as register,
+)
 from mtl_optax.conditioning import *
 from mtl_optax.jacobian import (
     Jacobian as Jacobian,
@@ -22,6 +27,7 @@ from mtl_optax.jacobian import (
     value_and_feature_jac as value_and_feature_jac,
     value_and_jac as value_and_jac,
 )
+from mtl_optax.links import link as link
 from mtl_optax.summary import summarize as summarize
 
 __version__ = "0.1.0"

@@ -162,6 +162,43 @@ _ROWS = (
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
 
 
+def register(strategy: Strategy) -> None:
+    """Adds a strategy of your own to the catalog, so that `make` and all that iterates knows it.
+
+    Args:
+      strategy: its row. The factory takes `num_tasks` first and options by keyword, and builds a
+        whole strategy: a balancer with `sum_tasks()` behind it, or an aggregator.
+
+    Raises:
+      ValueError: if the name is taken, or the factory does not take `num_tasks` first.
+
+    Examples:
+      >>> import optax
+      >>> import mtl_optax as mtl
+      >>> def inverse_loss(num_tasks):
+      ...     def update_fn(jacobian, state, **extra_args):
+      ...         return jacobian.scale(1 / jacobian.loss_vector()), state
+      ...     balancer = mtl.link(optax.init_empty_state, update_fn, num_tasks)
+      ...     return optax.chain(balancer, mtl.sum_tasks())
+      >>> mtl.register(mtl.Strategy(
+      ...     "inverse_loss", "balancer", needs="losses", scale="free",
+      ...     summary="each loss over itself", paper="", factory=inverse_loss))
+      >>> tx = mtl.make("inverse_loss", num_tasks=2)
+      >>> del mtl.STRATEGIES["inverse_loss"]
+    """
+    if strategy.name in STRATEGIES:
+        raise ValueError(
+            f"a strategy is called {strategy.name!r} already: choose another name, or first "
+            f"del mtl.STRATEGIES[{strategy.name!r}]"
+        )
+    if next(iter(inspect.signature(strategy.factory).parameters), None) != "num_tasks":
+        raise ValueError(
+            f"the factory of {strategy.name!r} does not take num_tasks first: define it as "
+            f"{strategy.name}(num_tasks, *, ...)"
+        )
+    STRATEGIES[strategy.name] = strategy
+
+
 def make(
     name: str, num_tasks: int, *, key: jax.Array | None = None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:

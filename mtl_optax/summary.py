@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_optax.links import STATE_TYPES
+
 
 def summarize(opt_state: Any, names: Sequence[str]) -> dict[str, jax.Array]:
     """Flattens the numbers in the states of this library's links into named scalars.
@@ -40,7 +42,8 @@ def summarize(opt_state: Any, names: Sequence[str]) -> dict[str, jax.Array]:
 
 
 def _is_link_state(node: Any) -> bool:
-    return hasattr(node, "_asdict") and type(node).__module__.startswith(f"{__package__}.")
+    ours = type(node).__module__.startswith(f"{__package__}.") or type(node) in STATE_TYPES
+    return ours and hasattr(node, "_asdict")
 
 
 def _entries(value: Any, num_tasks: int, names: Sequence[str]) -> dict[str, jax.Array]:

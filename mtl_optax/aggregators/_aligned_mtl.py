@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_choice, preference_vector
 from mtl_optax._numerics import dot
 from mtl_optax.aggregators._base import (
     check_preference,
@@ -13,6 +12,7 @@ from mtl_optax.aggregators._base import (
     relative_norms,
     solved_aggregator,
 )
+from mtl_optax.links import check_choice, preference_vector
 
 SCALES = ("min", "median", "rmse")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link
 from mtl_optax._numerics import divide, dot
 from mtl_optax.jacobian import Jacobian
+from mtl_optax.links import check_num_tasks, check_option, link
 
 
 class SolvedState(NamedTuple):

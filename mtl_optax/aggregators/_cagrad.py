@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_choice, check_option
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import relative_norms, solved_aggregator
+from mtl_optax.links import check_choice, check_option
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 RESCALES = (None, "1+c", "1+c2")

@@ -5,7 +5,6 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import preference_vector
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import (
     check_preference,
@@ -13,6 +12,7 @@ from mtl_optax.aggregators._base import (
     relative_norms,
     solved_aggregator,
 )
+from mtl_optax.links import preference_vector
 
 
 def conflict_free(

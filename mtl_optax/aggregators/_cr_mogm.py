@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link
 from mtl_optax.aggregators._mgda import mgda
+from mtl_optax.links import check_num_tasks, check_option, link
 
 
 class CrMogmState(NamedTuple):

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link
 from mtl_optax._numerics import divide
 from mtl_optax.conditioning import ema_tasks, log_losses
+from mtl_optax.links import check_num_tasks, check_option, link
 
 
 class DbMtlState(NamedTuple):
@@ -75,7 +75,7 @@ def _sum_at_largest_norm(num_tasks: int) -> optax.GradientTransformationExtraArg
 
     def update_fn(jacobian, state, **extra_args):
         del state, extra_args
-        norms = jacobian.correlation()[1]
+        norms = jacobian.norms()
         weights = divide(jnp.max(norms), norms, 1)
         return jacobian.combine(weights), DbMtlState(weights.astype(jnp.float32))
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from mtl_optax._links import preference_vector
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import check_preference, relative_norms, solved_aggregator
+from mtl_optax.links import preference_vector
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 

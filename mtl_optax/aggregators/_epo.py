@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_option, preference_vector
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import relative_norms, solved_aggregator
+from mtl_optax.links import check_option, preference_vector
 from mtl_optax.solvers import nonnegative_qp
 
 # How much the objective outweighs the proximal term. 100 leaves float32 four digits of the weights.

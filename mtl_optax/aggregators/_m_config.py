@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax._numerics import divide, wide
 from mtl_optax.aggregators._conflict_free import conflict_free
+from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 
 
 class CycleTasksState(NamedTuple):

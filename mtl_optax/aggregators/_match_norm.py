@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_choice, link
 from mtl_optax._numerics import divide, power_of_two, wide
+from mtl_optax.links import check_choice, link
 
 TARGETS = ("mean", "sum")
 

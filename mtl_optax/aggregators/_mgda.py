@@ -2,9 +2,9 @@
 
 import optax
 
-from mtl_optax._links import check_choice
 from mtl_optax._min_norm import min_norm_weights
 from mtl_optax.aggregators._base import solved_aggregator
+from mtl_optax.links import check_choice
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 

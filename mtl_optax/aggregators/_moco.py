@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link
 from mtl_optax.aggregators._simplex_steps import relative_products, simplex_step
 from mtl_optax.conditioning import ema_tasks
+from mtl_optax.links import check_num_tasks, check_option, link
 
 
 class MocoState(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_key, check_num_tasks, link
 from mtl_optax._numerics import divide, dot
+from mtl_optax.links import check_key, check_num_tasks, link
 
 
 class PcgradState(NamedTuple):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_key, check_num_tasks, link
+from mtl_optax.links import check_key, check_num_tasks, link
 
 
 class RgwState(NamedTuple):

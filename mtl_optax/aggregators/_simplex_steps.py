@@ -15,7 +15,7 @@ def relative_products(first: Jacobian, second: Jacobian) -> jax.Array:
     products, left, right = first.cross_gramian(second)
     tops = [_or_one(jnp.max(jnp.abs(scales))) for scales in (left, right)]
     left, right = left / tops[0], right / tops[1]
-    norms = [jac.correlation()[1] / top for jac, top in zip((first, second), tops, strict=True)]
+    norms = [jac.norms() / top for jac, top in zip((first, second), tops, strict=True)]
     return products * (left[:, None] * right[None, :]) / _or_one(jnp.mean(norms[0] * norms[1]))
 
 

@@ -2,7 +2,7 @@
 
 import optax
 
-from mtl_optax._links import link
+from mtl_optax.links import link
 
 
 def sum_tasks() -> optax.GradientTransformationExtraArgs:

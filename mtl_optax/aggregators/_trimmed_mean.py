@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, link
+from mtl_optax.links import check_num_tasks, link
 
 
 def trimmed_mean(

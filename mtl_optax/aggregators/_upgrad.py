@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import preference_vector
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import check_preference, solved_aggregator
+from mtl_optax.links import preference_vector
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 

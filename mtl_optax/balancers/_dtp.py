@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link, per_task
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, check_option, link, per_task
 
 # Keeps log away from 0, and the weight of a solved task from vanishing for good.
 _MARGIN = 1e-6

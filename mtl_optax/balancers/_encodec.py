@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link, per_task
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, check_option, link, per_task
 
 
 class EncodecState(NamedTuple):
@@ -71,7 +71,7 @@ def scale_by_encodec(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        new = jacobian.correlation()[1].astype(jnp.float32)
+        new = jacobian.norms().astype(jnp.float32)
         finite = jnp.isfinite(new)
         norms = jnp.where(finite, decay * state.norms + new, state.norms)
         masses = jnp.where(finite, decay * state.masses + 1, state.masses)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, link, per_task
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import positive_log, softmax_over
 from mtl_optax.jacobian import flatten_losses
+from mtl_optax.links import check_num_tasks, link, per_task
 
 
 class FamoState(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link, per_task
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, check_option, link, per_task
 
 # A weight at 0 would have no gradient norm left to come back with.
 _SMALLEST_WEIGHT = 1e-6
@@ -96,7 +96,7 @@ def scale_by_gradnorm(
         initial = jnp.where(jnp.isfinite(initial), initial, jnp.nan).astype(jnp.float32)
 
         w = state.weights
-        norms = jacobian.correlation()[1].astype(jnp.float32)
+        norms = jacobian.norms().astype(jnp.float32)
         usable = jnp.isfinite(norms) & jnp.isfinite(loss) & (initial > 0)
         progress = jnp.where(usable, jnp.maximum(loss / initial, 0), 0)
         rate = progress / _mean(progress, usable)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, link
 from mtl_optax.aggregators import imtl_g
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, link
 
 # exp(88) is close to the largest float32, and 1 / exp(88) is subnormal.
 _LARGEST_LOG_SCALE = 87.0

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link, task_position
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, check_option, link, task_position
 
 
 class LrAnnealingState(NamedTuple):

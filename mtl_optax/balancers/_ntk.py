@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, link, per_task
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_num_tasks, link, per_task
 
 
 class NtkState(NamedTuple):
@@ -65,7 +65,7 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     def update_fn(jacobian, state, *, ntk_traces=None, **extra_args):
         del extra_args
         if ntk_traces is None:
-            norms = jacobian.correlation()[1]
+            norms = jacobian.norms()
             largest = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))
             # Ratios before squares, which may leave the range.
             traces = divide(norms, largest, norms) ** 2

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtl_optax._links import check_choice, check_num_tasks, check_option, is_traced, link, per_task
 from mtl_optax._min_norm import min_norm_weights, relative_gramian
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_choice, check_num_tasks, check_option, is_traced, link, per_task
 
 SOLVERS = ("exact", "two_step")
 

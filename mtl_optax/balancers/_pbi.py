@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, link, per_task, preference_vector
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import check_preference, unit_vector
+from mtl_optax.links import check_num_tasks, check_option, link, per_task, preference_vector
 
 # Off the ray by less than this many machine epsilons is on it: the rest is rounding.
 _ON_RAY = 8

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_key, check_num_tasks, check_option, keep_finite, link
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over
+from mtl_optax.links import check_key, check_num_tasks, check_option, keep_finite, link
 
 
 class RelobraloState(NamedTuple):

@@ -3,9 +3,9 @@
 import jax
 import optax
 
-from mtl_optax._links import link
 from mtl_optax.aggregators._rgw import random_weights
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import link
 
 
 def scale_by_rlw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExtraArgs:

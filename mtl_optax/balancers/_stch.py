@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import (
+from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import (
+    bounded_exp,
+    check_preference,
+    positive_log,
+    softmax_over,
+)
+from mtl_optax.links import (
     check_choice,
     check_num_tasks,
     check_option,
@@ -14,13 +21,6 @@ from mtl_optax._links import (
     link,
     per_task,
     preference_vector,
-)
-from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import (
-    bounded_exp,
-    check_preference,
-    positive_log,
-    softmax_over,
 )
 
 KINDS = ("plain", "log")

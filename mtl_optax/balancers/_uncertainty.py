@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_choice, check_num_tasks, link, per_task_leaves
 from mtl_optax.balancers._base import summed
+from mtl_optax.links import check_choice, check_num_tasks, link, per_task_leaves
 
 KINDS = ("regression", "classification")
 REGULARIZERS = ("log", "log1p")

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax._links import check_option, is_traced
 from mtl_optax._numerics import divide, power_of_two
+from mtl_optax.links import check_option, is_traced
 
 
 def positive_log(x: jax.Array) -> tuple[jax.Array, jax.Array]:

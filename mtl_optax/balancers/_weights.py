@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import link, per_task
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import flatten_losses
+from mtl_optax.links import link, per_task
 
 
 class WeightsState(NamedTuple):

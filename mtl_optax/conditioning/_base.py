@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from mtl_optax._links import conform
 from mtl_optax.jacobian import Jacobian
+from mtl_optax.links import conform
 
 
 def run(

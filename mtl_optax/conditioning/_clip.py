@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_option, link, per_task
 from mtl_optax._numerics import divide
+from mtl_optax.links import check_option, link, per_task
 
 
 def clip_tasks(max_norm: Any) -> optax.GradientTransformationExtraArgs:
@@ -43,7 +43,7 @@ def clip_tasks(max_norm: Any) -> optax.GradientTransformationExtraArgs:
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         limits = per_task("max_norm", max_norm, jacobian)
-        norms = jacobian.correlation()[1]
+        norms = jacobian.norms()
         weights = jnp.where(norms > limits, divide(limits, norms), 1)
         return jacobian.scale(weights), state
 

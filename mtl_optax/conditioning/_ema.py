@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 
 
 class EmaTasksState(NamedTuple):

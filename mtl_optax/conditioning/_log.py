@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import link
 from mtl_optax.jacobian import unflatten_losses
+from mtl_optax.links import link
 
 
 def log_losses() -> optax.GradientTransformationExtraArgs:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_num_tasks, receive, task_zeros
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import unflatten_losses
+from mtl_optax.links import check_num_tasks, receive, task_zeros
 
 
 class MultiStepsState(NamedTuple):

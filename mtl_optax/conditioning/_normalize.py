@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import check_choice, link
 from mtl_optax._numerics import divide
+from mtl_optax.links import check_choice, link
 
 KINDS = ("l2", "loss", "loss+", "max")
 
@@ -46,7 +46,7 @@ def normalize_tasks(kind: str = "l2") -> optax.GradientTransformationExtraArgs:
         del extra_args
         weights = jnp.ones(jacobian.num_tasks, jacobian.dtype)
         if kind != "loss":
-            norms = jacobian.correlation()[1]
+            norms = jacobian.norms()
             length = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0)) if kind == "max" else 1
             # Norm over norm: the product of the largest and an inverse may leave the range.
             weights = divide(length, norms, 1)

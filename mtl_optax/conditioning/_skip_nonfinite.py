@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._links import receive
 from mtl_optax.conditioning._base import run
+from mtl_optax.links import receive
 
 
 class SkipNonfiniteState(NamedTuple):

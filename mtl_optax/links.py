@@ -1,4 +1,4 @@
-"""What every link of a chain does: receive a Jacobian, check options, hand on an update."""
+"""What a link of a chain is: it receives a Jacobian, checks its options, hands on an update."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,9 @@ from jax.core import Tracer
 
 from mtl_optax.jacobian import Jacobian, as_jacobian
 
+# The types of the states that links have made, which `summarize` reads.
+STATE_TYPES: set[type] = set()
+
 
 def link(
     init_fn: Any,
@@ -19,14 +22,41 @@ def link(
     *,
     several: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """A link of a chain from what it does to a Jacobian.
+    """A link of an `optax.chain` from what it does to a Jacobian.
+
+    All strategies of this library are made by it, and so is one of your own. A *balancer* returns
+    `jacobian.scale(weights)`, an *aggregator* `jacobian.combine(weights)`, or any gradient shaped
+    as the parameters. It never sees how the Jacobian is computed, and is given what a
+    `flax.nnx.Optimizer`, a `jax.jacrev` tree with `losses=` or a chain hands on.
 
     Args:
-      init_fn: `init_fn(params)` returns the state.
-      update_fn: `update_fn(jacobian, state, **extra_args)` returns a Jacobian (a balancer) or one
-        gradient (an aggregator), and the new state.
+      init_fn: `init_fn(params)` returns the state: a NamedTuple of arrays of fixed shapes, of which
+        `summarize` reads the scalars and those of shape `(K,)` and `(K, K)`; or
+        `optax.init_empty_state`.
+      update_fn: `update_fn(jacobian, state, **extra_args)` returns a Jacobian or one gradient, and
+        the new state. Take `**extra_args` even if unused: other links of a chain get the same.
       num_tasks: the K that the Jacobian must have; None takes any.
       several: whether `update_fn` takes a tuple of Jacobians, one a batch.
+
+    Returns:
+      An Optax transformation. Its `update` takes `losses=` and `shared=` (a mask over the
+      parameters) for a `jax.jacrev` tree; all other extra arguments reach `update_fn`.
+
+    Raises:
+      TypeError: by its `update`, if it gets a plain gradient.
+      ValueError: by its `update`, if the losses are not `num_tasks`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> import mtl_optax as mtl
+      >>> def scale_by_inverse_loss():
+      ...     def update_fn(jacobian, state, **extra_args):
+      ...         return jacobian.scale(1 / jacobian.loss_vector()), state
+      ...     return mtl.link(optax.init_empty_state, update_fn)
+      >>> tx = optax.chain(scale_by_inverse_loss(), mtl.sum_tasks())
+      >>> losses, jac = mtl.value_and_jac(lambda w: {"a": w @ w, "b": 9 * w @ w})(jnp.ones(2))
+      >>> tx.update(jac, tx.init(jnp.ones(2)))[0].tolist()
+      [2.0, 2.0]
     """
     get = receive_all if several else receive
 
@@ -34,10 +64,13 @@ def link(
         result, state = update_fn(get(updates, losses, num_tasks, shared), state, **extra_args)
         return result if isinstance(result, Jacobian) else conform(result, params), state
 
-    # A state is donated: it must not hold the caller's key or weights, nor one array twice.
-    return optax.GradientTransformationExtraArgs(
-        lambda params: jax.tree.map(jnp.copy, init_fn(params)), update
-    )
+    def init(params) -> Any:
+        state = init_fn(params)
+        STATE_TYPES.add(type(state))
+        # A state is donated: it must not hold the caller's key or weights, nor one array twice.
+        return jax.tree.map(jnp.copy, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def receive(
