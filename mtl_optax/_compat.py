@@ -35,6 +35,11 @@ def explicit_mesh(x: Any) -> Any:
     return mesh if AxisType.Explicit in mesh.axis_types else None
 
 
+def is_jaxpr(value: Any) -> bool:
+    """Whether it is a jaxpr, open or closed; since JAX 0.12 there is one class for both."""
+    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+
+
 def body_of(jaxpr: Any) -> Any:
     """The jaxpr of a closed one; which of the two an equation holds depends on the version."""
     return getattr(jaxpr, "jaxpr", jaxpr)

@@ -5,6 +5,7 @@ which parameter feeds which task. What feeds one task alone is that task's *head
 is the *trunk*.
 """
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -15,26 +16,40 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from mtl_optax._compat import JIT, body_of
+from mtl_optax._compat import JIT, body_of, is_jaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Equations:
+    """What a jaxpr holds, in every version of JAX; the values of its constants are kept apart."""
+
+    constvars: Sequence[Any]
+    invars: Sequence[Any]
+    outvars: Sequence[Any]
+    eqns: Sequence[Any]
+
+    def replace(self, **changes: Any) -> "Equations":
+        """The same with other variables or equations."""
+        return dataclasses.replace(self, **changes)
 
 
 class Parts(NamedTuple):
     """A program cut where its tasks part."""
 
     heads: list[list[Any]]  # for each group, the equations that feed it and no other task
-    trunk: Any  # the program of what feeds several tasks
+    trunk: Equations  # what feeds several tasks
     meets: list[Any]  # the variables of the trunk that heads read, or that are losses themselves
 
 
 class Program:
-    """A jaxpr that is linear in its inputs, the leaves of the parameters.
+    """Equations that are linear in their inputs, the leaves of the parameters.
 
     Its outputs are *groups* of tasks: a scalar for a loss that was computed alone, an array for
     losses that were computed together. Its constants, the residuals of the forward pass, are kept
     apart. Two programs are equal if they do the same, whatever their variables are called.
     """
 
-    def __init__(self, jaxpr: Any):
+    def __init__(self, jaxpr: Equations):
         self.jaxpr = jaxpr
 
     @classmethod
@@ -65,12 +80,12 @@ class Program:
         return hash(self._canonical)
 
     @property
-    def leaves(self) -> list[Any]:
+    def leaves(self) -> Sequence[Any]:
         """The variables of the parameters."""
         return self.jaxpr.invars
 
     @property
-    def groups(self) -> list[Any]:
+    def groups(self) -> Sequence[Any]:
         """The variables, or literals, of the losses."""
         return self.jaxpr.outvars
 
@@ -135,7 +150,7 @@ def variables(eqn: Any) -> list[Any]:
     return [atom for atom in eqn.invars if is_var(atom)]
 
 
-def all_read(jaxpr: Any) -> set[Any]:
+def all_read(jaxpr: Equations) -> set[Any]:
     """The variables that any of its equations reads."""
     return {v for eqn in jaxpr.eqns for v in variables(eqn)}
 
@@ -145,7 +160,9 @@ def fed(eqn: Any, masks: dict[Any, int]) -> int:
     return functools.reduce(operator.or_, (masks.get(v, 0) for v in eqn.outvars), 0)
 
 
-def transpose(jaxpr: Any, consts: Sequence[Any]) -> Callable[[Sequence[jax.Array]], list[Any]]:
+def transpose(
+    jaxpr: Equations, consts: Sequence[Any]
+) -> Callable[[Sequence[jax.Array]], list[Any]]:
     """The transpose of a linear jaxpr: cotangents of its outputs to those of its inputs."""
     # The avals themselves: inside `shard_map` they say which mesh axes an input varies over.
     primals = [v.aval for v in jaxpr.invars]
@@ -153,7 +170,7 @@ def transpose(jaxpr: Any, consts: Sequence[Any]) -> Callable[[Sequence[jax.Array
     return lambda cotangents: list(linear(list(cotangents)))
 
 
-def cut(jaxpr: Any, outvars: Sequence[Any]) -> Any:
+def cut(jaxpr: Equations, outvars: Sequence[Any]) -> Equations:
     """The part of a jaxpr that `outvars` depend on."""
     needed, eqns = set(filter(is_var, outvars)), []
     for eqn in reversed(jaxpr.eqns):
@@ -170,10 +187,9 @@ def forward_as_backward(jaxpr: Any) -> Any:
     """
 
     def rewrite(value: Any) -> Any:
-        if isinstance(value, jex.ClosedJaxpr):
-            return value.replace(jaxpr=forward_as_backward(value.jaxpr))
-        if isinstance(value, jex.Jaxpr):
-            return forward_as_backward(value)
+        if is_jaxpr(value):
+            body = forward_as_backward(body_of(value))
+            return body if body_of(value) is value else value.replace(jaxpr=body)
         return tuple(map(rewrite, value)) if type(value) is tuple else value
 
     def strict(eqn: Any) -> Any:
@@ -186,11 +202,13 @@ def forward_as_backward(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=[strict(eqn) for eqn in jaxpr.eqns])
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], *args: Any) -> list[Any]:
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))(*args)
+def _evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
+    inputs = [*equations.constvars, *equations.invars]
+    jaxpr = jex.Jaxpr([], inputs, equations.outvars, equations.eqns)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))(*consts, *args)
 
 
-def _inline(closed: Any) -> tuple[Any, list[Any]]:
+def _inline(closed: Any) -> tuple[Equations, list[Any]]:
     """The program without calls of jitted functions, and with its arrays as constants.
 
     Outside of `jit` a residual of one number may stand in the program as a literal. There it would
@@ -226,10 +244,10 @@ def _inline(closed: Any) -> tuple[Any, list[Any]]:
         return [read(atom) for atom in jaxpr.outvars]
 
     outvars = walk(closed.jaxpr, {})
-    return closed.jaxpr.replace(eqns=eqns, outvars=outvars, constvars=constvars), consts
+    return Equations(constvars, closed.jaxpr.invars, outvars, eqns), consts
 
 
-def _sort_out(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
+def _sort_out(jaxpr: Equations, consts: list[Any]) -> tuple[Equations, list[Any]]:
     """The equations that are linear in the inputs, and their constants, computed where needed."""
     linear = set(jaxpr.invars)
     constant, rest = [], []
@@ -249,7 +267,7 @@ def _sort_out(jaxpr: Any, consts: list[Any]) -> tuple[Any, list[Any]]:
     return jaxpr.replace(eqns=rest, constvars=constvars), [*(c for _, c in kept), *values]
 
 
-def _unstack_outputs(jaxpr: Any) -> Any:
+def _unstack_outputs(jaxpr: Equations) -> Equations:
     """Undoes a final `jnp.stack`, `jnp.array` or `jnp.concatenate` of losses.
 
     The stacked tasks become outputs of their own again, so that they can be told apart.
@@ -344,10 +362,10 @@ def _canonical(jaxpr: Any) -> Any:
 
 
 def _canonical_param(value: Any) -> Any:
-    if isinstance(value, jex.Jaxpr):
-        return _canonical(value)
-    if isinstance(value, jex.ClosedJaxpr):
-        return _canonical(value.jaxpr), tuple(map(_canonical_param, value.consts))
+    if is_jaxpr(value):
+        return _canonical(body_of(value)), tuple(
+            map(_canonical_param, getattr(value, "consts", ()))
+        )
     if isinstance(value, dict):
         return tuple((k, _canonical_param(v)) for k, v in sorted(value.items(), key=str))
     if isinstance(value, list | tuple):
