@@ -7,7 +7,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 # `--dist loadfile` hands these out first, or one worker would end with them alone.
-LONGEST = ("test_strategies", "test_docs", "test_benchmarks", "test_sharding", "test_solvers")
+LONGEST = (
+    "test_strategies",
+    "test_docs",
+    "test_benchmarks",
+    "test_sharding",
+    "test_optax_table",
+    "test_solvers",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -48,7 +48,7 @@ class Jacobian:
         layout: Layout,
         *,
         scales: jax.Array | None = None,
-        seals: tuple[Any, Any] | None = None,
+        seals: tuple[Any, ...] | None = None,
         memo: Memo | None = None,
     ):
         """Made by `value_and_jac`, `value_and_feature_jac` and `as_jacobian`."""
@@ -101,12 +101,14 @@ class Jacobian:
         # optax.apply_updates does this where a chain has no aggregator.
         raise TypeError(f"{self!r}, can't be added to parameters")
 
-    def _refuse(self, *args: Any) -> NoReturn:
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"this is {self!r}")
 
     __add__ = __radd__
     __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
-    __pow__ = __matmul__ = __rmatmul__ = __abs__ = __array__ = __jax_array__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __abs__ = _refuse
+    __matmul__ = __rmatmul__ = __pos__ = __lt__ = __le__ = __gt__ = __ge__ = __round__ = _refuse
+    __float__ = __int__ = __complex__ = __iter__ = __getitem__ = __array__ = _refuse
 
     def loss_vector(self) -> jax.Array:
         """The losses as one `(K,)` array, at least float32."""
@@ -400,8 +402,9 @@ def _flatten(jacobian: Jacobian) -> tuple[tuple[Any, ...], Layout]:
 
 def _unflatten(layout: Layout, children: tuple[Any, ...]) -> Jacobian:
     seals, losses, source, way, scales = children
-    if isinstance(seals, tuple) and len(seals) == 2:
+    if isinstance(seals, tuple):
         _opaque.check(seals)
+        scales = _opaque.kept(scales, seals)
     return Jacobian(losses, source, way, layout, scales=scales, seals=seals)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mtl_optax._numerics import power_of_two, underflows, wide
 from mtl_optax.jacobian import _program
+from mtl_optax.jacobian._opaque import check_residuals
 from mtl_optax.jacobian._program import (
     Program,
     all_read,
@@ -59,6 +60,7 @@ class LinearMap:
 
     def pullback(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw, one array a leaf: one backward pass."""
+        self._check()
         every = lambda: self._transpose(self.program.jaxpr)(self._split(weights))  # noqa: E731
         if self.present is None:
             return every()
@@ -67,6 +69,7 @@ class LinearMap:
 
     def heads(self) -> "Heads":
         """The map with its heads transposed."""
+        self._check()
         program, blocks = self.program, {}
         for v in (*program.leaves, *program.parts.meets):
             blocks[v] = {}
@@ -90,6 +93,9 @@ class LinearMap:
             weights[tasks.start : tasks.stop].reshape(group.aval.shape).astype(group.aval.dtype)
             for group, tasks in zip(self.program.groups, self.program.tasks, strict=True)
         ]
+
+    def _check(self) -> None:
+        check_residuals(self.residuals, [v.aval for v in self.program.jaxpr.constvars])
 
     def _transpose(self, jaxpr: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
         return _program.transpose(jaxpr, self.residuals)

@@ -1,17 +1,20 @@
-"""What keeps others from computing on a Jacobian: two of its leaves on which nothing is defined.
+"""What keeps others from computing on a Jacobian: leaves on which nothing is defined.
 
 A Jacobian is a pytree, so `jax.tree.map` hands its leaves to whatever function it is given, and on
-the residuals of a backward pass almost any arithmetic would succeed and mean nothing. The two seals
-make it fail instead, with the remedy in the text: a typed random key, whose dtype is named by the
-remedy, and, for methods of arrays outside of `jit` that keys don't have, a NumPy array that refuses
-them. Both cross `jit`, `vmap`, `scan`, `cond` and `shard_map` as arrays do.
+the residuals of a backward pass almost any arithmetic would succeed and mean nothing. The seals
+make it fail instead, with the remedy in the text: typed random keys, whose dtype is named by the
+remedy, and, outside of `jit`, a NumPy array that refuses arithmetic and the methods that keys don't
+have. All cross `jit`, `vmap`, `scan`, `cond` and `shard_map` as arrays do. What evades them keeps
+the shape and the dtype of every leaf and either is defined on keys (`full_like`, `flip`) or, under
+`jit` or by functions of `jax.numpy`, passes over what is no number: `x * .5 if
+jnp.issubdtype(x.dtype, jnp.floating) else x`.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -37,12 +40,18 @@ class _Guard(np.ndarray):
     """An array that can be handed on, and nothing else."""
 
     __array_ufunc__ = _refuse
-    real = imag = property(_refuse)
+    __float__ = __int__ = __complex__ = __index__ = _refuse
+    real = imag = at = property(_refuse)
     astype = conj = conjugate = sum = mean = max = min = prod = std = var = dot = clip = _refuse
+    round = all = any = argmax = argmin = sort = argsort = cumsum = cumprod = trace = _refuse
+    nonzero = item = tolist = _refuse
 
 
-# Of two dimensions, since some transformations look at matrices only.
-_SHAPE = (1, 1)
+# Keys of one, two and four dimensions, since some transformations look at matrices only, or at
+# biases, or at convolutions.
+_KEY_SHAPES = ((2,), (2, 2), (1, 1, 2, 2))
+# Numbers of the type that most gradients have, since others look at the type.
+_GUARD = np.float32
 _IMPL = jex_random.define_prng_impl(
     key_shape=(1,),
     seed=_refuse,
@@ -54,28 +63,55 @@ _IMPL = jex_random.define_prng_impl(
 )
 
 
-def new_seals() -> tuple[Any, Any]:
-    """The guard and the key."""
-    key = jax.random.wrap_key_data(jnp.ones((*_SHAPE, 1), jnp.uint32), impl=_IMPL)
-    return np.ones(_SHAPE, np.uint8).view(_Guard), key
+def new_seals() -> tuple[Any, ...]:
+    """The guard and the keys."""
+    # Of NumPy's ones: three keys cost what one of JAX's does.
+    data: list[Any] = [np.ones((*shape, 1), np.uint32) for shape in _KEY_SHAPES]
+    return _new_guard((2, 2)), *(jax.random.wrap_key_data(bits, impl=_IMPL) for bits in data)
 
 
-def renewed(seals: tuple[Any, Any]) -> tuple[Any, Any]:
+def renewed(seals: tuple[Any, ...]) -> tuple[Any, ...]:
     """The seals as they came back, the guard on guard again."""
-    guard, key = seals
+    guard, *keys = seals
     if isinstance(guard, jax.Array) and not isinstance(guard, Tracer):
-        guard = np.ones(guard.shape, np.uint8).view(_Guard)
-    return guard, key
+        guard = _new_guard(guard.shape)
+    return guard, *keys
 
 
-def check(seals: tuple[Any, Any]) -> None:
-    """Raises where what came back is an array, but not the key that went out."""
-    key = seals[1]
-    dtype = getattr(key, "dtype", None)
-    # JAX's own machinery puts other things than arrays in a tree, and float0 for its tangent.
-    foreign = dtype is not None and dtype not in (jax.dtypes.float0, _key_dtype())
-    if foreign or isinstance(key, optax.MaskedNode):
-        _refuse()
+def check(seals: tuple[Any, ...]) -> None:
+    """Raises where what came back are arrays, but not the guard and the keys that went out."""
+    key_dtype = _key_dtype()
+    for seal, dtype in zip(seals, (_GUARD, *(key_dtype for _ in _KEY_SHAPES)), strict=True):
+        now = getattr(seal, "dtype", None)
+        # JAX's own machinery puts other things than arrays in a tree, and float0 for its tangent.
+        foreign = now is not None and now not in (jax.dtypes.float0, dtype)
+        if foreign or isinstance(seal, optax.MaskedNode):
+            _refuse()
+
+
+def kept(x: Any, seals: tuple[Any, ...]) -> Any:
+    """x, by a program that computes the keys even where nothing reads them.
+
+    A `psum` of keys is refused only when it is compiled, and what is not used is not compiled.
+    """
+    if not all(isinstance(leaf, Tracer) for leaf in (x, *seals[1:])):
+        return x
+    return jax.lax.optimization_barrier((x, *seals[1:]))[0]
+
+
+def check_residuals(residuals: Sequence[Any], avals: Sequence[Any]) -> None:
+    """Raises where what a program is to be run with are not the arrays that it was made with."""
+    for x, expected in zip(residuals, avals, strict=True):
+        now: Any = jax.typeof(x)
+        if (now.shape, now.dtype) != (expected.shape, expected.dtype):
+            raise TypeError(
+                f"an array inside of an mtl_optax.Jacobian is {now.str_short()}, expected "
+                f"{expected.str_short()} (a stack of Jacobians is read inside jax.vmap): {REMEDY}"
+            )
+
+
+def _new_guard(shape: tuple[int, ...]) -> _Guard:
+    return np.ones(shape, _GUARD).view(_Guard)
 
 
 @functools.cache
