@@ -321,6 +321,9 @@ CASES = {
     "sown": Case(lambda r: Sowing(*linear(r), rngs=r)),
     "frozen": Case(batch_norm, wrt=NOT_THE_FEATURES),
     "two_modules": Case(encoder_and_head, two_outputs, argnums=(0, 1)),
+    "kernels_of_two_modules": Case(
+        encoder_and_head, two_outputs, argnums=(0, 1), wrt=nnx.PathContains("kernel")
+    ),
     "one_of_two_modules": Case(encoder_and_head, two_outputs),
     "in_a_dict": Case(
         lambda r: dict(zip(("encoder", "head"), encoder_and_head(r), strict=True)),
