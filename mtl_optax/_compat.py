@@ -1,5 +1,6 @@
 """Every place where the versions of JAX and Flax that are supported differ."""
 
+import functools
 from typing import Any
 
 import jax
@@ -33,6 +34,18 @@ def explicit_mesh(x: Any) -> Any:
     """The mesh of x where its axes are Explicit, else None."""
     mesh = jax.typeof(x).sharding.mesh
     return mesh if AxisType.Explicit in mesh.axis_types else None
+
+
+def new_jaxpr(invars: Any, outvars: Any, eqns: Any) -> Any:
+    """A jaxpr without constants, of variables and equations of another one."""
+    names = {"arg_names": ("",) * len(invars), "result_paths": ("",) * len(outvars)}
+    debug_info = _nothing().debug_info._replace(**names)
+    return jex.ClosedJaxpr(jex.Jaxpr([], invars, outvars, eqns, debug_info=debug_info), [])
+
+
+@functools.cache
+def _nothing() -> Any:
+    return body_of(jax.make_jaxpr(lambda: ())())
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -5,6 +5,7 @@ therefore the state of its parameters, every variable under its own path and of 
 which the first holds the Jacobian and the others hold nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -15,10 +16,15 @@ from mtl_optax.jacobian import Jacobian
 
 def _flatten(jacobian: Jacobian) -> tuple[list[tuple[Any, Any]], None]:
     layout = jacobian._layout
-    state = layout.params_def.unflatten([jacobian, *[None] * (len(layout.avals) - 1)])
-    if isinstance(state, nnx.State):
-        return list(state.items()), None
+    params = layout.params_def.unflatten([jacobian, *[None] * (len(layout.avals) - 1)])
+    parts = dict(enumerate(params)) if isinstance(params, tuple) else params
+    if isinstance(parts, Mapping) and all(map(_is_state, parts.values())):
+        return list(parts.items()), None
     return [("jacobian", nnx.Param(jacobian))], None
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, nnx.State | nnx.Variable)
 
 
 def _unflatten(children: Any, _: None) -> Any:

@@ -24,6 +24,7 @@ BLOCK = re.compile(r'^```python(?: title="([^"]*)")?\n(.*?)^```$', re.DOTALL | r
 PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(p.read_text("utf-8"))]
 PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
 PROCESSES = "jax.distributed.initialize"  # takes several processes
+PROMOTES = "import keras"  # whose layers add vectors to matrices
 
 
 def test_readme_example_trains():
@@ -68,7 +69,8 @@ def execute(text, file, scope):
         # With its line numbers, for the traceback.
         program = compile("\n" * text.count("\n", 0, block.start(2)) + code, file, "exec")
         if title is None:
-            exec(program, scope)
+            with jax.numpy_rank_promotion("allow" if PROMOTES in code else "raise"):
+                exec(program, scope)
             continue
         kind, message = title.split(": ", 1)
         with pytest.raises(Exception, match=re.escape(message)) as raised:

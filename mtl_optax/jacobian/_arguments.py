@@ -30,24 +30,20 @@ class Arguments:
     ) -> "Arguments":
         """Reads the arguments of a call."""
         positions = _positions(len(args), argnums)
-        chosen, chosen_def = _flatten([args[i] for i in positions])
-        others, others_def = _flatten(
-            ([None if i in positions else arg for i, arg in enumerate(args)], kwargs)
+        chosen, chosen_def = jax.tree.flatten([args[i] for i in positions], is_leaf=_is_module)
+        others, others_def = jax.tree.flatten(
+            ([None if i in positions else arg for i, arg in enumerate(args)], kwargs),
+            is_leaf=_is_object,
         )
-        modules = [*filter(_is_module, chosen), *filter(_is_module, others)]
+        modules = [*filter(_is_module, chosen), *filter(_is_object, others)]
         num_chosen = sum(map(_is_module, chosen))
-        if num_chosen == 0 and isinstance(wrt, type):
-            raise TypeError(
-                f"wrt={wrt.__name__} is a filter of the variables of an nnx module, but the "
-                "parameters hold no module: pass the module itself, or a mask over the parameters"
-            )
+        is_wanted = _variable_filter(wrt) if num_chosen else nnx.filterlib.Nothing()
 
         def is_trained(path, variable):
-            wanted = nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
-            return path[0] < num_chosen and wanted(path[1:], variable)
+            return path[0] < num_chosen and is_wanted(path[1:], variable)
 
         graphdef, trained, rest = nnx.split(modules, is_trained, ...)
-        states = iter(nnx.State(trained.get(k, {})) for k in range(num_chosen))
+        states = iter(trained[k] if k in trained else nnx.State({}) for k in range(num_chosen))
         trees = chosen_def.unflatten([next(states) if _is_module(x) else x for x in chosen])
         params = trees[0] if isinstance(argnums, int) else tuple(trees)
 
@@ -55,22 +51,29 @@ class Arguments:
             parts = chosen_def.flatten_up_to([params] if isinstance(argnums, int) else [*params])
             new = [part for part, old in zip(parts, chosen, strict=True) if _is_module(old)]
             copies = nnx.merge(graphdef, nnx.State(dict(enumerate(new))), rest, copy=True)
+            before = {p: jax.tree.leaves(v) for p, v in nnx.to_flat_state(nnx.split(copies)[1])}
             left = iter(copies)
             parts = [
                 next(left) if _is_module(old) else x for x, old in zip(parts, chosen, strict=True)
             ]
             values, keywords = others_def.unflatten(
-                [next(left) if _is_module(x) else x for x in others]
+                [next(left) if _is_object(x) else x for x in others]
             )
             for i, value in zip(positions, chosen_def.unflatten(parts), strict=True):
                 values[i] = value
+
+            def is_changed(path, variable):
+                old, now = before.get(path), jax.tree.leaves(variable)
+                return old is None or [*map(id, old)] != [*map(id, now)]
+
             result = fn(*values, **keywords)
-            return result, nnx.split(copies)[1]
+            # What is not changed is not written: it may belong to an outer trace.
+            return result, nnx.filter_state(nnx.split(copies)[1], is_changed)
 
         leaves = jax.tree.leaves(params)
         mask = (True,) * len(leaves)
         if num_chosen == 0 and wrt is not None:
-            mask = resolve_mask(wrt, params, "wrt")
+            mask = resolve_mask(_not_a_filter(wrt), params, "wrt")
         _check(params, mask)
         return cls(params, mask, call, lambda changes: nnx.update(modules, changes))
 
@@ -96,20 +99,43 @@ class Arguments:
 
 def _positions(num_args: int, argnums: int | Sequence[int]) -> list[int]:
     positions = [argnums] if isinstance(argnums, int) else list(argnums)
-    if not positions or not all(-num_args <= i < num_args for i in positions):
+    fits = all(-num_args <= i < num_args for i in positions)
+    if not fits or not 0 < len(positions) == len({i % num_args for i in positions}):
         raise ValueError(
             f"argnums={argnums} does not fit a call with {num_args} positional arguments: expected "
-            "the positions of the parameters among them"
+            "the positions of the parameters among them, each once"
         )
     return [i % num_args for i in positions]
 
 
+def _variable_filter(wrt: Any) -> Callable[..., bool]:
+    try:
+        return nnx.filterlib.to_predicate(nnx.Param if wrt is None else wrt)
+    except TypeError as error:
+        raise TypeError(
+            f"wrt is a {type(wrt).__name__}, expected a filter of the variables of an nnx module, "
+            "such as nnx.LoRAParam, nnx.PathContains('head') or a function of path and variable"
+        ) from error
+
+
+def _not_a_filter(wrt: Any) -> Any:
+    for leaf in jax.tree.leaves(wrt):
+        if isinstance(leaf, type | str) or type(leaf).__module__ == nnx.filterlib.__name__:
+            raise TypeError(
+                f"wrt={getattr(leaf, '__name__', leaf)} is a filter of the variables of an nnx "
+                "module, but the parameters hold no module: pass the module itself, or a mask "
+                "over the parameters"
+            )
+    return wrt
+
+
 def _is_module(x: Any) -> bool:
-    return isinstance(x, nnx.Module | nnx.Rngs)
+    return isinstance(x, nnx.Pytree)  # modules, Rngs, metrics
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
-    return jax.tree.flatten(tree, is_leaf=_is_module)
+def _is_object(x: Any) -> bool:
+    """Whether a call may change it; a variable among the parameters is an array like others."""
+    return isinstance(x, nnx.Pytree | nnx.Variable)
 
 
 def _check(params: Any, trained: Sequence[bool]) -> None:
@@ -118,14 +144,16 @@ def _check(params: Any, trained: Sequence[bool]) -> None:
         raise ValueError("no parameter is trained: expected at least one, selected by wrt=")
     for (path, leaf), is_trained in zip(leaves, trained, strict=True):
         try:
-            what = f"dtype {jnp.result_type(leaf)}"
-            is_real = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+            # A string may be the name of a dtype.
+            dtype = None if isinstance(leaf, str) else jnp.result_type(leaf)
         except (TypeError, ValueError):
-            what, is_real = f"the type {type(leaf).__name__}", False
-        if is_trained and not is_real:
-            raise TypeError(
-                f"parameter {jax.tree_util.keystr(path)} has {what}, "
-                "expected a real floating-point array: pass everything that is not trained as a "
-                "further argument of the loss function, or name what is by "
-                "value_and_jac(wrt=mask)"
-            )
+            dtype = None
+        if dtype is not None and (not is_trained or jnp.issubdtype(dtype, jnp.floating)):
+            continue
+        what = f"the type {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+        raise TypeError(
+            f"parameter {jax.tree_util.keystr(path)} has {what}, expected "
+            f"{'a real floating-point' if is_trained else 'an'} array: pass everything that is not "
+            "trained as a further argument of the loss function, or name what is by "
+            "value_and_jac(wrt=mask)"
+        )

@@ -404,7 +404,7 @@ def _unflatten(layout: Layout, children: tuple[Any, ...]) -> Jacobian:
     seals, losses, source, way, scales = children
     if isinstance(seals, tuple):
         _opaque.check(seals)
-        scales = _opaque.kept(scales, seals)
+        scales = _opaque.sealed(scales, seals)
     return Jacobian(losses, source, way, layout, scales=scales, seals=seals)
 
 

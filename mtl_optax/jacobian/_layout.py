@@ -88,9 +88,9 @@ def resolve_mask(mask: Mask, params: Any, option: str) -> tuple[bool, ...]:
         full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), mask, params)
     except ValueError as error:
         raise ValueError(
-            f"{option}= does not fit the parameters: expected a tree of bools with the structure "
-            f"{jax.tree.structure(params)} or a prefix of it, got {jax.tree.structure(mask)}"
-        ) from error
+            f"{option}= does not fit the parameters: expected a tree of bools of their structure "
+            f"or a prefix of it. {str(error).replace('tree_map tree', option)}"
+        ) from None
     resolved = tuple(jax.tree.leaves(full))
     if not any(resolved):
         raise ValueError(

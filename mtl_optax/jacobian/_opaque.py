@@ -4,10 +4,11 @@ A Jacobian is a pytree, so `jax.tree.map` hands its leaves to whatever function 
 the residuals of a backward pass almost any arithmetic would succeed and mean nothing. The seals
 make it fail instead, with the remedy in the text: typed random keys, whose dtype is named by the
 remedy, and, outside of `jit`, a NumPy array that refuses arithmetic and the methods that keys don't
-have. All cross `jit`, `vmap`, `scan`, `cond` and `shard_map` as arrays do. What evades them keeps
-the shape and the dtype of every leaf and either is defined on keys (`full_like`, `flip`) or, under
-`jit` or by functions of `jax.numpy`, passes over what is no number: `x * .5 if
-jnp.issubdtype(x.dtype, jnp.floating) else x`.
+have. All cross `jit`, `vmap`, `scan`, `cond` and `shard_map` as arrays do.
+
+What keeps the shape and the dtype of every leaf, and passes over what is no number or is defined on
+keys too, raises nothing: `x * .5 if jnp.issubdtype(x.dtype, jnp.floating) else x`, `jnp.flip`. But
+it changes the guard, whose numbers are known, and then every row is NaN.
 """
 
 import functools
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
@@ -51,7 +53,7 @@ class _Guard(np.ndarray):
 # biases, or at convolutions.
 _KEY_SHAPES = ((2,), (2, 2), (1, 1, 2, 2))
 # Numbers of the type that most gradients have, since others look at the type.
-_GUARD = np.float32
+_GUARD = np.array([[1, 2], [3, 4]], np.float32)
 _IMPL = jex_random.define_prng_impl(
     key_shape=(1,),
     seed=_refuse,
@@ -67,7 +69,7 @@ def new_seals() -> tuple[Any, ...]:
     """The guard and the keys."""
     # Of NumPy's ones: three keys cost what one of JAX's does.
     data: list[Any] = [np.ones((*shape, 1), np.uint32) for shape in _KEY_SHAPES]
-    return _new_guard((2, 2)), *(jax.random.wrap_key_data(bits, impl=_IMPL) for bits in data)
+    return _new_guard(), *(jax.random.wrap_key_data(bits, impl=_IMPL) for bits in data)
 
 
 def renewed(seals: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -81,7 +83,7 @@ def renewed(seals: tuple[Any, ...]) -> tuple[Any, ...]:
 def check(seals: tuple[Any, ...]) -> None:
     """Raises where what came back are arrays, but not the guard and the keys that went out."""
     key_dtype = _key_dtype()
-    for seal, dtype in zip(seals, (_GUARD, *(key_dtype for _ in _KEY_SHAPES)), strict=True):
+    for seal, dtype in zip(seals, (_GUARD.dtype, *(key_dtype for _ in _KEY_SHAPES)), strict=True):
         now = getattr(seal, "dtype", None)
         # JAX's own machinery puts other things than arrays in a tree, and float0 for its tangent.
         foreign = now is not None and now not in (jax.dtypes.float0, dtype)
@@ -89,14 +91,22 @@ def check(seals: tuple[Any, ...]) -> None:
             _refuse()
 
 
-def kept(x: Any, seals: tuple[Any, ...]) -> Any:
-    """x, by a program that computes the keys even where nothing reads them.
+def sealed(scales: Any, seals: tuple[Any, ...]) -> Any:
+    """The scales of the rows, NaN where somebody computed on the guard; 0 if it is zero."""
+    guard, *keys = seals
+    if all(isinstance(leaf, Tracer) for leaf in (scales, *keys)):
+        # A `psum` of keys is refused only when it is compiled, and what is not used is not.
+        scales, *_ = jax.lax.optimization_barrier((scales, *keys))
+    came_back = isinstance(scales, jax.Array) and isinstance(guard, jax.Array)
+    return _checked(scales, guard) if came_back and guard.shape[-2:] == _GUARD.shape else scales
 
-    A `psum` of keys is refused only when it is compiled, and what is not used is not compiled.
-    """
-    if not all(isinstance(leaf, Tracer) for leaf in (x, *seals[1:])):
-        return x
-    return jax.lax.optimization_barrier((x, *seals[1:]))[0]
+
+@jax.jit
+def _checked(scales: jax.Array, guard: jax.Array) -> jax.Array:
+    same = jnp.all(guard == jnp.broadcast_to(_GUARD, guard.shape), axis=(-2, -1))
+    zero = jnp.all(guard == 0, axis=(-2, -1))
+    factor = jnp.where(same, 1, jnp.where(zero, 0, jnp.nan)).astype(scales.dtype)
+    return scales * factor[..., None]
 
 
 def check_residuals(residuals: Sequence[Any], avals: Sequence[Any]) -> None:
@@ -110,8 +120,8 @@ def check_residuals(residuals: Sequence[Any], avals: Sequence[Any]) -> None:
             )
 
 
-def _new_guard(shape: tuple[int, ...]) -> _Guard:
-    return np.ones(shape, _GUARD).view(_Guard)
+def _new_guard(shape: tuple[int, ...] = _GUARD.shape) -> _Guard:
+    return np.broadcast_to(_GUARD, shape).view(_Guard)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import LinearMap
@@ -94,5 +95,11 @@ def plan(source: Any, way: Any, layout: Layout) -> Plan:
 
 def _names(layout: Layout) -> list[str]:
     positions = layout.params_def.unflatten(range(len(layout.avals)))
-    paths = jax.tree_util.tree_leaves_with_path(positions)
-    return [jax.tree_util.keystr(path, simple=True, separator="/") or "0" for path, _ in paths]
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    # A variable's first key is the attribute that holds its value.
+    paths = [
+        (*path, *inner[1:])
+        for path, node in jax.tree_util.tree_leaves_with_path(positions, is_leaf=is_variable)
+        for inner, _ in jax.tree_util.tree_leaves_with_path(node)
+    ]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") or "0" for path in paths]

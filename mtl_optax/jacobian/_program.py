@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from mtl_optax._compat import JIT, body_of, is_jaxpr
+from mtl_optax._compat import JIT, body_of, is_jaxpr, new_jaxpr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +204,8 @@ def forward_as_backward(jaxpr: Any) -> Any:
 
 def _evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
     inputs = [*equations.constvars, *equations.invars]
-    jaxpr = jex.Jaxpr([], inputs, equations.outvars, equations.eqns)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))(*consts, *args)
+    jaxpr = new_jaxpr(inputs, equations.outvars, equations.eqns)
+    return jex.jaxpr_as_fun(jaxpr)(*consts, *args)
 
 
 def _inline(closed: Any) -> tuple[Equations, list[Any]]:
