@@ -159,20 +159,30 @@ class Heads:
         """The K cotangents at each variable where heads meet the trunk, `(K, *shape)`."""
         return [rows for rows in map(self._join, self.at_trunk) if rows is not None]
 
-    def joined_at_leaves(self) -> list[jax.Array | None]:
-        """The K rows at each leaf that come from the heads alone; None where there are none."""
-        return [self._join(blocks) for blocks in self.at_leaves]
+    def own(self, leaves: Sequence[int]) -> dict[int, jax.Array]:
+        """The K rows at those of the leaves that heads read, as far as they come from heads."""
+        joined = {i: self._join(self.at_leaves[i]) for i in leaves}
+        return {i: rows for i, rows in joined.items() if rows is not None}
 
-    def pull_and_push(self) -> tuple[Callable, Callable]:
-        """The trunk from its cotangents to the leaves, None where it reads none, and forth again.
+    def pull_and_push(self, leaves: Sequence[int]) -> tuple[Callable, Callable]:
+        """The trunk from its K cotangents, one task's each, to those leaves, and forth again.
 
         Forth is the transpose of the transpose: not everything is differentiated forwards as it is
         backwards, and a custom backward rule has no forward one.
         """
-        pull = self.linear._transpose(forward_as_backward(self._program.parts.trunk))
-        meets = [v.aval for v in self._program.parts.meets]
-        push = jax.linear_transpose(lambda *cotangents: pull(list(cotangents)), *meets)
-        return lambda cotangents: self._known(pull(cotangents)), lambda row: list(push(row))
+        trunk = forward_as_backward(self._program.parts.trunk)
+        back, meets = self.linear._transpose(trunk), [v.aval for v in trunk.outvars]
+
+        def pull(*cotangents: jax.Array) -> list[jax.Array]:
+            pulled = back(list(cotangents))
+            return [pulled[i] for i in leaves]
+
+        return pull, jax.linear_transpose(pull, *meets)
+
+    def read_by_trunk(self, leaves: Sequence[int]) -> list[int]:
+        """Those of the leaves that the trunk reads."""
+        read = all_read(self._program.parts.trunk)
+        return [i for i in leaves if self._program.leaves[i] in read]
 
     def unit(self) -> tuple["Heads", jax.Array]:
         """The heads of diag(1/s) J, whose entries are at most 2, and s `(K,)`.

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
-from mtl_optax.jacobian._linear_map import Heads, LinearMap, add, one_by_one
+from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
 from mtl_optax.jacobian._rows import contract, over_shards
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way
 
@@ -25,38 +26,33 @@ class Columns(Way):
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         del rows_of
-        leaves = heads.linear.program.leaves
-        dtypes = [wide(leaf.aval.dtype) for leaf in leaves]
-        dtype = functools.reduce(jnp.promote_types, dtypes, layout.dtype)
-        met, own = heads.met(), heads.joined_at_leaves()
-        own = [rows if here else None for rows, here in zip(own, layout.measured, strict=True)]
-        zeros = jnp.zeros(layout.num_tasks, dtype)
-        if not jax.tree.leaves((met, own)):  # no loss depends on what is measured
-            return Measurement(jnp.zeros((zeros.size, zeros.size), dtype), zeros)
-        pull, push = _pull_and_push(heads)
+        linear, zeros = heads.linear, jnp.zeros(layout.num_tasks, layout.dtype)
+        met, own = heads.met(), heads.own(layout.measured_leaves)
+        read = heads.read_by_trunk(layout.measured_leaves)
+        if not own and not read:  # no loss depends on what is measured
+            return Measurement(jnp.zeros((zeros.size, zeros.size), layout.dtype), zeros)
+        pull, push = heads.pull_and_push(read)
 
         def column(of_task):
-            met_j, own_j = of_task
-            row = [
-                add(a if here else None, b, leaf.aval.shape, leaf.aval.dtype)
-                for a, b, here, leaf in zip(
-                    pull(met_j), own_j, layout.measured, leaves, strict=True
-                )
-            ]
-            largest = [jnp.max(jnp.abs(x.astype(wide(x.dtype))), initial=0) for x in row]
-            largest = functools.reduce(jnp.maximum, [x.astype(dtype) for x in largest])
-            largest = over_shards(jax.lax.pmax, largest)
+            met_j, row = of_task
+            for i, pulled in zip(read, pull(*met_j), strict=True):
+                row = row | {i: pulled + row[i] if i in row else pulled}
+            dtypes = [wide(x.dtype) for x in row.values()]
+            dtype = functools.reduce(jnp.promote_types, dtypes, layout.dtype)
+            largest = [jnp.max(jnp.abs(x.astype(dtype)), initial=0) for x in row.values()]
+            largest = over_shards(jax.lax.pmax, functools.reduce(jnp.maximum, largest))
             scale = power_of_two(largest)
-            unit = [(x.astype(wide(x.dtype)) / scale).astype(x.dtype) for x in row]
-            pairs = [*zip(met, push(unit), strict=True), *zip(own, unit, strict=True)]
-            column = sum((_inner(a, b, dtype) for a, b in pairs if a is not None), zeros)
+            unit = {i: (x.astype(dtype) / scale).astype(x.dtype) for i, x in row.items()}
+            pairs = [*zip(met, _forth(push, [unit[i] for i in read]), strict=True)] if read else []
+            pairs += [(rows, unit[i]) for i, rows in own.items()]
+            column = sum((_inner(rows, x, dtype) for rows, x in pairs), zeros)
             return column, jnp.where(largest == 0, 0, scale)
 
         columns, scales = one_by_one(column)((met, own))
         products = divide(columns, scales[None, :], columns)
-        if heads.linear.present is not None:
-            both = heads.linear.present[:, None] & heads.linear.present[None, :]
-            products, scales = jnp.where(both, products, 0), scales * heads.linear.present
+        if linear.present is not None:
+            both = linear.present[:, None] & linear.present[None, :]
+            products, scales = jnp.where(both, products, 0), scales * linear.present
         return Measurement((products + products.T) / 2, scales)
 
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
@@ -68,9 +64,9 @@ class Columns(Way):
         }
 
 
-def _pull_and_push(heads: Heads):
+def _forth(push: Callable, rows: list[jax.Array]) -> list[jax.Array]:
     try:
-        return heads.pull_and_push()
+        return list(push(rows))
     except Exception as error:
         raise TypeError(
             'gramian="columns" goes forth through the trunk as well as back, and some function in '
