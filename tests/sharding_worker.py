@@ -5,6 +5,7 @@ python -m tests.sharding_worker HOST:PORT RANK   4 devices, 2 in each of two pro
 """
 
 import collections
+import contextlib
 import functools
 import json
 import re
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import mtl_optax as mtl
 
@@ -77,12 +78,20 @@ def train_on_one(strategy):
     return jax.device_get(state[0])
 
 
+def explicit_losses(params, x, y):
+    """Where sharding is part of the type, what meets must be split alike: whole weights."""
+    weights = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P(None, None)), params)
+    return task_losses(weights, x, y)
+
+
 def train_on_many(strategy, mesh, modes, *, manual=False):
     """The parameters after some steps, and the compiled step."""
     params, batch = problem()
     placed = functools.partial(NamedSharding, mesh)
     keep = functools.partial(jax.lax.with_sharding_constraint, shardings=placed(EXAMPLES))
     losses_fn = manual_losses if manual else functools.partial(task_losses, keep=keep)
+    if AxisType.Explicit in mesh.axis_types:
+        losses_fn = explicit_losses
     init, step = make_step(strategy, losses_fn, modes)
     begin = lambda params: (params, init(params))  # noqa: E731
     # Matrices, and what the optimizer keeps in their shape, are split by columns.
@@ -133,6 +142,8 @@ def runs(two_processes):
     # What draws at random an entry draws other numbers for a shard than for the whole.
     for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean"):
         yield f"shard_map {strategy}", strategy, LAYOUTS["both"], {}, True
+    for modes in ({}, *MODES):
+        yield f"explicit upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False
     for modes in MODES[2:]:
         yield f"shard_map upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, True
 
@@ -144,9 +155,11 @@ def main(address=None, rank="0"):
         jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
     reference, results = functools.cache(train_on_one), {}
     for name, strategy, shape, modes, manual in runs(bool(address)):
-        mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        axis_type = AxisType.Explicit if name.startswith("explicit") else AxisType.Auto
+        mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(axis_type,) * 2)
         try:
-            params, step = train_on_many(strategy, mesh, modes, manual=manual)
+            with jax.set_mesh(mesh) if axis_type == AxisType.Explicit else contextlib.nullcontext():
+                params, step = train_on_many(strategy, mesh, modes, manual=manual)
         except Exception as failure:
             results[name] = {"failure": f"{type(failure).__name__}: {failure}"}
             continue

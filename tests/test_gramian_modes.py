@@ -318,3 +318,163 @@ def test_unknown_ways_are_told():
         mtl.value_and_jac(mlp_losses, gramian="gost")
     with pytest.raises(ValueError, match="rows='parallel' is not a row mode"):
         mtl.value_and_jac(mlp_losses, rows="parallel")
+
+
+# What the ways were once wrong about.
+
+ALL = ["rows", "ghost", "columns"]
+
+
+def gramian_of(losses, params, *args, **options):
+    return jax.jit(lambda *a: mtl.value_and_jac(losses, **options)(*a)[1].gramian())(params, *args)
+
+
+@pytest.mark.parametrize("gramian", ALL)
+def test_complex_features_of_a_real_weight(gramian, tap_all):
+    def losses(w):
+        y = jnp.fft.fft(X[0], axis=1) @ w
+        return {"a": jnp.mean(jnp.abs(y) ** 2), "b": jnp.mean(jnp.sin(y.real)), "c": y.imag[0, 1]}
+
+    w = jax.random.normal(jax.random.key(3), (6, 6))
+    rows = jax.jacrev(losses)(w)
+    matrix = np.stack([np.ravel(rows[task]) for task in "abc"]).astype(float)
+    got = gramian_of(losses, w, gramian=gramian)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, matrix @ matrix.T) < 1e-5
+
+
+def test_complex_features_at_the_feature_level():
+    encode = lambda w: jnp.fft.fft(w)  # noqa: E731
+    decode = lambda w, z: {"a": jnp.sum(jnp.abs(z) ** 2), "b": jnp.sum(z.real * z.imag)}  # noqa: E731
+    w = jnp.arange(4.0)
+    _, jac = mtl.value_and_feature_jac(encode, decode)(w)
+    z = encode(w)
+    a, b = (np.r_[2 * z.real, 2 * z.imag], np.r_[z.imag, z.real])
+    np.testing.assert_allclose(jac.gramian(), [[a @ a, a @ b], [a @ b, b @ b]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("gramian", ALL)
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_indices_out_of_bounds_count_as_their_gradient_does(gramian, as_argument, tap_all):
+    def losses(table, indices):
+        e = table[indices]
+        return {"a": jnp.sum(e**2), "b": jnp.sum(jnp.sin(e))}
+
+    table, indices = jnp.arange(1.0, 7.0).reshape(3, 2), jnp.array([0, 2, 3])
+    if as_argument:
+        got = gramian_of(losses, table, indices, gramian=gramian)
+    else:
+        got = gramian_of(lambda table: losses(table, indices), table, gramian=gramian)
+    assert relative_error(got, np.array([[264, 13.774683], [13.774683, 1.4674959]])) < 1e-6
+
+
+@jax.custom_vjp
+def _sine(x):
+    return jnp.sin(x)
+
+
+_sine.defvjp(lambda x: (jnp.sin(x), jnp.cos(x)), lambda cos, g: (g * cos,))
+
+
+@jax.custom_vjp
+def _clipped_backwards(x):
+    return jnp.sin(x)
+
+
+_clipped_backwards.defvjp(
+    lambda x: (jnp.sin(x), jnp.cos(x)), lambda cos, g: (jnp.clip(g * cos, -0.1, 0.1),)
+)
+
+
+def _through(fn):
+    def losses(w):
+        y = fn(w)
+        return {"a": jnp.sum(y**2), "b": jnp.sum(jnp.cos(y))}
+
+    return losses
+
+
+def test_columns_go_forth_through_a_custom_backward_rule():
+    w = jnp.arange(4.0)
+    got, expected = (gramian_of(_through(f), w, gramian="columns") for f in (_sine, jnp.sin))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_columns_name_a_backward_rule_that_has_no_transpose():
+    with pytest.raises(TypeError, match=r'gramian="columns" goes forth.*use gramian="ghost"'):
+        gramian_of(_through(_clipped_backwards), jnp.arange(4.0), gramian="columns")
+    gramian_of(_through(_clipped_backwards), jnp.arange(4.0), gramian="ghost")
+
+
+STRATEGIES = {
+    "mgda": lambda: mtl.mgda(2),
+    "moco": lambda: mtl.moco(2),
+    "db_mtl": lambda: mtl.db_mtl(2),
+    "graddrop": lambda: mtl.graddrop(2, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.parametrize("gramian", ALL)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_heads_alone_and_empty_leaves_are_ordinary(gramian, name, tap_all):
+    def losses(params):
+        nothing = jnp.sum(X[0] @ params["empty"]) + jnp.sum(params["none"])
+        return {task: jnp.sum(params[task] ** 2) + nothing for task in ("a", "b")}
+
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    params |= {"empty": jnp.zeros((6, 0)), "none": jnp.zeros((0, 3))}
+    tx = STRATEGIES[name]()
+
+    @jax.jit
+    def update(params):
+        _, jac = mtl.value_and_jac(losses, gramian=gramian)(params)
+        return tx.update(jac, tx.init(params), params)[0]
+
+    got = update(params)
+    scale = 1 / 2 if name == "db_mtl" else 1  # its rows are those of the logarithms, of losses 2, 3
+    np.testing.assert_allclose(got["a"], 2 * scale * np.ones(2), rtol=1e-6)
+    assert got["empty"].shape == (6, 0)
+    assert got["none"].shape == (0, 3)
+
+
+def test_rows_that_are_given_may_be_empty_or_none_shared():
+    grads = {
+        task: {"w": jnp.full(2, g), "e": jnp.zeros((0, 3))} for task, g in (("a", 1.0), ("b", 3.0))
+    }
+    losses = {"a": 1.0, "b": 2.0}
+    tx = mtl.mgda(2)
+    update, _ = tx.update(grads, tx.init(None), losses=losses)
+    np.testing.assert_allclose(update["w"], [1, 1])
+    apart = mtl.as_jacobian(grads, losses, shared={"w": False, "e": True})
+    np.testing.assert_array_equal(apart.gramian(), np.zeros((2, 2)))
+    np.testing.assert_allclose(tx.update(apart, tx.init(None))[0]["w"], [4, 4])
+
+
+GUARDED = {
+    "multi_steps": lambda: mtl.multi_steps(
+        optax.chain(mtl.drop_nonfinite_tasks(3), mtl.mgda(3)), every_k=1, num_tasks=3
+    ),
+    "ema_tasks": lambda: optax.chain(
+        mtl.ema_tasks(3, decay=0.0), mtl.drop_nonfinite_tasks(3), mtl.mgda(3)
+    ),
+    "drop": lambda: optax.chain(mtl.drop_nonfinite_tasks(3), mtl.mgda(3)),
+}
+
+
+@pytest.mark.parametrize("name", GUARDED)
+@pytest.mark.parametrize("given", [False, True])
+def test_guarded_rows_at_hand_with_heads(name, given):
+    params, *batch = PROBLEM
+    tx, plain = GUARDED[name](), mtl.mgda(3)
+
+    @jax.jit
+    def updates(params):
+        losses, jac = mtl.value_and_jac(mlp_losses)(params, *batch)
+        wanted, _ = plain.update(jac, plain.init(params), params)
+        if given:
+            jac = mtl.as_jacobian(jax.jacrev(mlp_losses)(params, *batch), losses, shared=jac.shared)
+        return tx.update(jac, tx.init(params), params)[0], wanted
+
+    got, wanted = updates(params)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert relative_error(a, b) < 1e-4

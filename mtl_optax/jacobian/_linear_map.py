@@ -266,8 +266,8 @@ class Heads:
         def rows(i: int) -> jax.Array:
             block = blocks.get(i)
             if block is None:
-                shape = (len(self._program.tasks[i]), *known[0].shape[1:])
-                return jnp.zeros(shape, known[0].dtype)
+                zeros = jnp.zeros_like(known[0])[:1]  # split over devices as it is
+                return jnp.broadcast_to(zeros, (len(self._program.tasks[i]), *zeros.shape[1:]))
             return block
 
         return jnp.concatenate([rows(i) for i in range(len(self._program.tasks))])
