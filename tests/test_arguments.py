@@ -25,7 +25,11 @@ def plain(tree):
 
 
 def assert_same(got, expected):
-    chex.assert_trees_all_equal(plain(got), plain(expected), strict=True)
+    # Counts and keys to the last bit; numbers but for what a version of XLA may round otherwise.
+    got, expected = plain(got), plain(expected)
+    chex.assert_trees_all_close(got, expected, rtol=2e-6, atol=1e-7)
+    bits = lambda x: 0 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x  # noqa: E731
+    chex.assert_trees_all_equal(jax.tree.map(bits, got), jax.tree.map(bits, expected))
 
 
 def summed(fn):

@@ -44,9 +44,13 @@ class _Guard(np.ndarray):
     __array_ufunc__ = _refuse
     __float__ = __int__ = __complex__ = __index__ = _refuse
     real = imag = at = property(_refuse)
-    astype = conj = conjugate = sum = mean = max = min = prod = std = var = dot = clip = _refuse
+    conj = conjugate = sum = mean = max = min = prod = std = var = dot = clip = _refuse
     round = all = any = argmax = argmin = sort = argsort = cumsum = cumprod = trace = _refuse
     nonzero = item = tolist = _refuse
+
+    def astype(self, dtype: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        # JAX 0.12 asks for the same type where it makes an array of it.
+        return super().astype(dtype, *args, **kwargs) if dtype == self.dtype else _refuse()
 
 
 # Keys of one, two and four dimensions, since some transformations look at matrices only, or at
