@@ -19,6 +19,16 @@ class GivenRows:
 
     underflows = False
 
+    @property
+    def touches(self) -> list[int]:
+        """How many tasks each leaf may touch: all of them."""
+        return [len(row) for row in self.given]
+
+    @property
+    def forming(self) -> list[int]:
+        """The multiplications that a row of each leaf takes: none."""
+        return [0 for _ in self.given]
+
     def keep(self, tasks: jax.Array) -> "GivenRows":
         """The rows with those of the other tasks exactly 0, whatever they hold."""
         return GivenRows([keep_rows(row, tasks) for row in self.given])

@@ -49,7 +49,7 @@ class Layout:
 
     def unflatten(self, leaves: Sequence[jax.Array]) -> Any:
         """A tree like the parameters, zero where they are frozen, each of its parameter's dtype."""
-        typed = [x.astype(aval.dtype) for x, aval in zip(leaves, self._trained_avals, strict=True)]
+        typed = [x.astype(aval.dtype) for x, aval in zip(leaves, self.leaf_avals, strict=True)]
         return self.merge(typed, lambda aval: jnp.zeros(aval.shape, aval.dtype))
 
     def unflatten_rows(self, rows: Sequence[jax.Array]) -> Any:
@@ -75,7 +75,8 @@ class Layout:
         return [leaf for leaf, is_trained in zip(leaves, self.trained, strict=True) if is_trained]
 
     @property
-    def _trained_avals(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_avals(self) -> list[jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of the leaves."""
         return [
             aval for aval, is_trained in zip(self.avals, self.trained, strict=True) if is_trained
         ]

@@ -48,6 +48,16 @@ class LinearMap:
         return self.program.num_tasks
 
     @property
+    def touches(self) -> list[int]:
+        """How many tasks each leaf touches."""
+        return self.program.touches
+
+    @property
+    def forming(self) -> list[int]:
+        """The multiplications that a row of each leaf takes."""
+        return self.program.forming
+
+    @property
     def underflows(self) -> bool:
         """Whether a leaf or a loss is of a type that has no small numbers, as float16."""
         variables = (*self.program.leaves, *self.program.groups)

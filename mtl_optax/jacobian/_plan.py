@@ -6,7 +6,6 @@ import jax
 from flax import nnx
 
 from mtl_optax.jacobian._layout import Layout
-from mtl_optax.jacobian._linear_map import LinearMap
 
 
 class LeafPlan(NamedTuple):
@@ -18,7 +17,7 @@ class LeafPlan(NamedTuple):
       trained: whether it is differentiated; the rest of a frozen parameter's row is empty.
       shared: whether two or more losses depend on it, or a mask says so.
       way: how its part of the Gramian is measured; empty where it is not.
-      multiplications: counted, to measure it, beyond the K passes through the trunk.
+      multiplications: to measure it, of matrix products, beyond the K cotangents of its layer.
       bytes_held: of what exists once a task to measure it.
       note: what to look at.
     """
@@ -68,8 +67,7 @@ class Plan(NamedTuple):
 
 def plan(source: Any, way: Any, layout: Layout) -> Plan:
     """The table of a Jacobian's parts."""
-    costs = way.costs(source, layout) if isinstance(source, LinearMap) else {}
-    touches = source.program.touches if isinstance(source, LinearMap) else layout.shared
+    costs, touches = way.costs(source, layout), source.touches
     indices = iter(range(layout.num_leaves))
     leaves = []
     for name, is_trained, aval in zip(_names(layout), layout.trained, layout.avals, strict=True):

@@ -8,6 +8,7 @@ is the *trunk*.
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ import numpy as np
 from jax.extend import core as jex
 
 from mtl_optax._compat import JIT, body_of, is_jaxpr, new_jaxpr
+
+# What moves or widens the entries of a parameter and leaves all inner products as they are.
+ISOMETRIES = ("transpose", "reshape", "convert_element_type", "squeeze", "copy", "copy_p")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,20 @@ class Program:
             sum(size for size, mask in zip(sizes, reached, strict=True) if mask >> i & 1)
             for i in leaves
         ]
+
+    @functools.cached_property
+    def forming(self) -> list[int]:
+        """The multiplications that a row of each leaf takes, as far as they are matrix products."""
+        views, costs = {v: i for i, v in enumerate(self.leaves)}, [0] * len(self.leaves)
+        for eqn in self.jaxpr.eqns:
+            for v in variables(eqn):
+                if v in views and eqn.primitive.name in ISOMETRIES:
+                    views[eqn.outvars[0]] = views[v]
+                elif v in views and eqn.primitive.name == "dot_general":
+                    contract = eqn.params["dimension_numbers"][0][eqn.invars.index(v)]
+                    summed = math.prod(v.aval.shape[d] for d in contract)
+                    costs[views[v]] += eqn.outvars[0].aval.size * summed
+        return costs
 
     @functools.cached_property
     def parts(self) -> Parts:

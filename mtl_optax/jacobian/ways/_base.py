@@ -33,7 +33,7 @@ class Cost(NamedTuple):
 
     Attributes:
       way: its name.
-      multiplications: beyond the K cotangents that each way needs.
+      multiplications: of matrix products, beyond the K cotangents of its layer.
       bytes_held: of what exists once for each task.
     """
 

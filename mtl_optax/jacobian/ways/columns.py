@@ -58,9 +58,12 @@ class Columns(Way):
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
         return {
-            i: Cost("columns", layout.num_tasks * aval.size, aval.size * aval.dtype.itemsize)
+            # Back and forth again.
+            i: Cost(
+                "columns", 2 * layout.num_tasks * linear.forming[i], aval.size * aval.dtype.itemsize
+            )
             for i in layout.measured_leaves
-            for aval in [linear.program.leaves[i].aval]
+            for aval in [layout.leaf_avals[i]]
         }
 
 

@@ -22,13 +22,11 @@ from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
-from mtl_optax.jacobian._program import Program, fed, is_var, variables
+from mtl_optax.jacobian._program import ISOMETRIES, Program, fed, is_var, variables
 from mtl_optax.jacobian._rows import gathered, mix, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# What moves or widens the entries of a parameter and leaves all inner products as they are.
-_ISOMETRIES = ("transpose", "reshape", "convert_element_type", "squeeze", "copy", "copy_p")
 # With more tasks than these, one more pass through the trunk costs less than it takes to keep the
 # cotangents of all its layers until the weights are known.
 _MOST_TASKS_HELD = 8
@@ -89,8 +87,8 @@ class Ghost(Way):
         taps, num_tasks = self.taps(linear, layout.measured), layout.num_tasks
         costs = {}
         for i in layout.measured_leaves:
-            aval = linear.program.leaves[i].aval
-            costs[i] = product_cost("rows", num_tasks, aval)
+            aval = layout.leaf_avals[i]
+            costs[i] = product_cost("rows", num_tasks, aval, linear.forming[i])
             if i in taps:
                 held = num_tasks * sum(use.y.aval.size for use in taps[i])
                 way = type(self).__name__.lower()
@@ -191,7 +189,7 @@ def _find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
     other = {views[v][0] for v in filter(is_var, jaxpr.outvars) if v in views}
     for eqn in jaxpr.eqns:
         read = [v for v in variables(eqn) if v in views]
-        if len(read) == 1 and eqn.primitive.name in _ISOMETRIES:
+        if len(read) == 1 and eqn.primitive.name in ISOMETRIES:
             leaf, steps = views[read[0]]
             views[eqn.outvars[0]] = leaf, (*steps, eqn)
             continue

@@ -32,6 +32,6 @@ class Rows(Way):
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
         return {
-            i: product_cost("rows", layout.num_tasks, linear.program.leaves[i].aval)
+            i: product_cost("rows", layout.num_tasks, layout.leaf_avals[i], linear.forming[i])
             for i in layout.measured_leaves
         }
