@@ -1,21 +1,14 @@
-"""Every place where the versions of JAX and Flax that are supported differ."""
+"""Every place where the versions of JAX that are supported differ."""
 
 import functools
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.extend import core as jex
 from jax.sharding import AxisType
 
 # In jax.core up to JAX 0.9, in jax.extend.core since.
 _trace_state = getattr(jex, "get_opaque_trace_state", None) or jax.core.get_opaque_trace_state  # pyright: ignore
-
-# A call of a jitted function in a jaxpr; the second name up to JAX 0.6.
-JIT = ("jit", "pjit")
-
-# The name since flax 0.12.3.
-as_pure = getattr(nnx, "as_pure", None) or nnx.pure
 
 
 def current_trace() -> Any:

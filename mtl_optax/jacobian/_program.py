@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
-from mtl_optax._compat import JIT, body_of, is_jaxpr, new_jaxpr
+from mtl_optax._compat import body_of, is_jaxpr, new_jaxpr
 
 # What moves or widens the entries of a parameter and leaves all inner products as they are.
 ISOMETRIES = ("transpose", "reshape", "convert_element_type", "squeeze", "copy", "copy_p")
@@ -247,7 +247,7 @@ def _inline(closed: Any) -> tuple[Equations, list[Any]]:
 
         for eqn in jaxpr.eqns:
             invars = [read(atom) for atom in eqn.invars]
-            body = eqn.params.get("jaxpr") if eqn.primitive.name in JIT else None
+            body = eqn.params.get("jaxpr") if eqn.primitive.name == "jit" else None
             if body is not None:
                 inner = dict(zip(body.jaxpr.invars, invars, strict=True))
                 for v, value in zip(body.jaxpr.constvars, body.consts, strict=True):
