@@ -139,7 +139,7 @@ def test_no_row_is_ever_computed(name, monkeypatch):
         raise AssertionError("a loss-only balancer must not compute rows")
 
     monkeypatch.setattr(mtl.Jacobian, "rows", refuse)
-    monkeypatch.setattr(mtl.Jacobian, "_measured_rows", refuse)
+    monkeypatch.setattr(mtl.Jacobian, "_every_row", refuse)
     monkeypatch.setattr(mtl.Jacobian, "_pull", refuse)
     tx = FACTORIES[name](2)
 

@@ -168,7 +168,7 @@ class Jacobian:
         products, scales = self.scaled_gramian()
         lengths = jnp.sqrt(jnp.diagonal(products))
         divisor = jnp.where(lengths > 0, lengths, 1)
-        return products / (divisor[:, None] * divisor[None, :]), bounded(scales * lengths)
+        return products / (divisor[:, None] * divisor[None, :]), _times(scales, lengths)
 
     def norms(self) -> jax.Array:
         """The norms of the rows where the Gramian is measured: `(K,)`, safe at any scale."""
@@ -207,7 +207,7 @@ class Jacobian:
         weights = self._as_weights(weights)
         if losses is None:
             losses = unflatten_losses(weights * self.loss_vector(), self.losses)
-        scales = weights if self._scales is None else bounded(weights * self._scales)
+        scales = weights if self._scales is None else _times(weights, self._scales)
         return self._replace(losses=losses, scales=scales)
 
     def keep(self, tasks: jax.Array, *, losses: Any = None) -> "Jacobian":
@@ -322,7 +322,7 @@ class Jacobian:
 
     def _scaled(self, weights: jax.Array) -> jax.Array:
         scales = self._scales
-        return weights if scales is None else bounded(weights * scales.astype(weights.dtype))
+        return weights if scales is None else _times(weights, scales)
 
     def _rescaled(self, row: jax.Array) -> jax.Array:
         row = row.astype(wide(row.dtype)) if underflows(row.dtype) else row
@@ -385,10 +385,12 @@ class Jacobian:
         return [(leaf.astype(wide(leaf.dtype)) * unit).astype(leaf.dtype) for leaf in leaves]
 
 
-def bounded(x: jax.Array) -> jax.Array:
-    """x, or the largest number in place of an infinite product, which times 0 would be NaN."""
-    largest = jnp.finfo(x.dtype).max
-    return jnp.clip(x, -largest, largest)
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product, the largest number where that of finite numbers is not: inf times 0 is NaN."""
+    largest = jnp.finfo(a.dtype).max
+    product = a * b.astype(a.dtype)
+    finite = jnp.isfinite(a) & jnp.isfinite(b)
+    return jnp.where(finite, jnp.clip(product, -largest, largest), product)
 
 
 def _flatten(jacobian: Jacobian) -> tuple[tuple[Any, ...], Layout]:
