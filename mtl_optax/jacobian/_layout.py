@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,9 +89,10 @@ def resolve_mask(mask: Mask, params: Any, option: str) -> tuple[bool, ...]:
     try:
         full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), mask, params)
     except ValueError as error:
+        where = textwrap.shorten(str(error).replace("tree_map tree", option), 400)
         raise ValueError(
             f"{option}= does not fit the parameters: expected a tree of bools of their structure "
-            f"or a prefix of it. {str(error).replace('tree_map tree', option)}"
+            f"or a prefix of it. {where}"
         ) from None
     resolved = tuple(jax.tree.leaves(full))
     if not any(resolved):
