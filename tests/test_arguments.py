@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -378,7 +379,7 @@ def test_an_nnx_optimizer_trains_it_as_a_loop_over_its_arrays_does(case):
 
     history = [step(objects, optimizer, X) for _ in range(10)]
     # flax 0.12.2 traces once more for what the first call sows.
-    assert traces == 1 or (case is CASES["sown"] and traces == 2)
+    assert traces == 1 + (case is CASES["sown"] and flax.__version__ == "0.12.2")
     assert sum(history[-1].values()) < sum(history[0].values())
     final = nnx.state(objects)
 

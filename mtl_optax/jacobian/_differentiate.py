@@ -300,7 +300,7 @@ def _layout(
             )
         # With one task nothing is shared, and its gradient is the whole update.
         alone = linear_map.num_tasks == 1
-        is_shared = everywhere if alone else tuple(n > 1 for n in linear_map.program.touches)
+        is_shared = everywhere if alone else tuple(n > 1 for n in linear_map.touches)
     else:
         is_shared = everywhere if shared is None else arguments.resolve(shared, "shared")
     return Layout(
