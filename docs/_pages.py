@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import mtl_optax as mtl
-from mtl_optax import catalog, jacobian, links, summary
+from mtl_optax import catalog, jacobian, links, states, summary
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -33,8 +33,10 @@ API = (
     ("Jacobian", jacobian, ("Jacobian", "value_and_jac", "value_and_feature_jac", "as_jacobian",
                             "Sketch", "Plan", "LeafPlan", "task_names")),
     ("Around the strategies", mtl.conditioning, mtl.conditioning.__all__),
-    ("Wrappers and helpers", mtl, ("match_norm", "ntk_traces", "observe_losses")),
+    ("Wrappers and helpers", mtl, ("match_norm", "ntk_traces", "observe_losses", "sum_tasks",
+                                   "mean_tasks")),
     ("Reading the state", summary, ("summarize",)),
+    ("Resizing the state", states, ("resize_state",)),
     ("Catalog", catalog, ("make", "register", "Strategy", "STRATEGIES")),
     ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
@@ -94,7 +96,7 @@ def _method(row: catalog.Strategy) -> str:
     name = _public_name(row)
     arguments = ", key=jax.random.key(0)" if row.stochastic else ""
     whole = f"mtl.{row.name}(num_tasks=2{arguments})"
-    if row.name not in dir(mtl) or row.name == "weights":
+    if row.name == "weights":
         whole = f'mtl.make("{row.name}", num_tasks=2)'
     lines = [
         f"# {row.name}",
@@ -113,23 +115,17 @@ def _method(row: catalog.Strategy) -> str:
     if row.extra_args:
         extra = ", ".join(f"{arg}=..." for arg in row.extra_args)
         lines.append(f"Each update needs `tx.update(jac, opt_state, params, {extra})`.")
-    if row.name == "scale_invariant":
+    if name.startswith("scale_by_"):
         lines.append(
-            "It is [`log_losses`][mtl_optax.conditioning.log_losses] followed by "
-            "[`sum_tasks`][mtl_optax.aggregators.sum_tasks]."
+            f"`mtl.{row.name}` is `chain(mtl.{name}, mtl.sum_tasks())`, with the same options."
         )
-    else:
-        if name.startswith("scale_by_"):
-            lines.append(
-                f"`mtl.{row.name}` is `chain(mtl.{name}, mtl.sum_tasks())`, with the same options."
-            )
-        lines.append(f"::: {_home(mtl, name)}")
+    lines.append(f"::: {_home(mtl, name)}")
     return "\n\n".join(lines) + "\n"
 
 
 def _public_name(row: catalog.Strategy) -> str:
-    names = f"scale_by_{row.name}", row.name, f"{row.name}_tasks", "log_losses"
-    return next(name for name in names if hasattr(mtl, name))
+    balancer = f"scale_by_{row.name}"
+    return balancer if hasattr(mtl, balancer) else row.name
 
 
 def _api(title: str, module: ModuleType, names: tuple[str, ...] | list[str]) -> str:
