@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: demo bench docs test test-jax lint format clean
+.PHONY: demo bench docs test test-long test-jax lint format clean
 
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
@@ -16,6 +16,10 @@ test: .venv/.installed  ## lint, types, unit tests, doctests and the notebooks
 	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \
 	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-long: .venv/.installed  ## every strategy over 20,000 steps; 2,000 random programs: 70 minutes
+	$(BIN)/python -m tests.long_runs
+	$(BIN)/python -m tests.programs 2000
+
 # The library's own tests with another JAX, and what else WITH names: see CONTRIBUTING.md.
 OTHER = .cache/jax-$(VERSION)
 test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
@@ -24,7 +28,7 @@ test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
 	  chex equinox matplotlib pytest pytest-xdist rich scipy tyro
 	XLA_FLAGS="$$($(OTHER)/bin/python -m tests.xla_flags)" JAX_COMPILATION_CACHE_DIR= \
 	  $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS) \
-	  -W "default::DeprecationWarning" tests mtl_optax $(addprefix --ignore=tests/, \
+	  -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
 	  test_docs.py test_bench.py test_benchmarks.py test_benchmark_data.py test_aggregate_time.py \
 	  test_known_answers.py test_torchjd.py test_plots.py)
 

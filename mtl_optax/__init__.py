@@ -28,6 +28,11 @@ from mtl_optax.jacobian import (
     value_and_jac as value_and_jac,
 )
 from mtl_optax.links import link as link
+from mtl_optax.states import (
+    PerPair as PerPair,
+    PerTask as PerTask,
+    resize_state as resize_state,
+)
 from mtl_optax.summary import summarize as summarize
 
 __version__ = "0.1.0"

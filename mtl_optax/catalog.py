@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from mtl_optax import aggregators, balancers, conditioning
+from mtl_optax import aggregators, balancers
 
 
 class Strategy(NamedTuple):
@@ -59,9 +59,9 @@ _ARXIV = "https://arxiv.org/abs/"
 # fmt: off
 _ROWS = (
     Strategy("sum", "aggregator", "losses", "sum", "equal weights, the plain summed loss", "",
-             lambda num_tasks: aggregators.sum_tasks()),
+             aggregators.sum),
     Strategy("mean", "aggregator", "losses", "mean", "equal weights, averaged on the trunk", "",
-             lambda num_tasks: aggregators.mean_tasks()),
+             aggregators.mean),
     Strategy("weights", "balancer", "losses", "sum", "weights you choose, or their schedule", "",
              _fixed),
     Strategy("uncertainty", "balancer", "losses", "free", "learned noise of each task",
@@ -87,7 +87,7 @@ _ROWS = (
     Strategy("imtl", "aggregator", "gramian", "mean", "learned loss scales, equal projections",
              "https://openreview.net/forum?id=IMPnRXEWpvr", balancers.imtl, stateful=True),
     Strategy("scale_invariant", "balancer", "losses", "free", "the sum of the log losses", "",
-             lambda num_tasks: optax.chain(conditioning.log_losses(), aggregators.sum_tasks())),
+             balancers.scale_invariant),
     Strategy("famo", "balancer", "losses", "mean", "log losses that fall equally fast",
              _ARXIV + "2306.03792", balancers.famo, stateful=True),
     Strategy("stch", "balancer", "losses", "sum", "a smooth maximum of the losses",

@@ -1,5 +1,6 @@
 """What a link of a chain is: it receives a Jacobian, checks its options, hands on an update."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from mtl_optax import states
 from mtl_optax.jacobian import Jacobian, as_jacobian
-
-# The types of the states that links have made, which `summarize` reads.
-STATE_TYPES: set[type] = set()
 
 
 def link(
@@ -32,19 +31,26 @@ def link(
     Args:
       init_fn: `init_fn(params)` returns the state: a NamedTuple of arrays of fixed shapes, of which
         `summarize` reads the scalars and those of shape `(K,)` and `(K, K)`; or
-        `optax.init_empty_state`.
+        `optax.init_empty_state`. Annotate as `mtl.PerTask` what has the tasks as its first axis in
+        any other shape, and then all that has.
       update_fn: `update_fn(jacobian, state, **extra_args)` returns a Jacobian or one gradient, and
         the new state. Take `**extra_args` even if unused: other links of a chain get the same.
+        Where tasks are absent (`jacobian.present`) their rows and losses are 0, the weights that
+        they are given count as 0, and what the state holds of them stays as it was, whatever is
+        returned: a mean over tasks is all that an update has to see to (`jacobian.num_present`).
       num_tasks: the K that the Jacobian must have; None takes any.
       several: whether `update_fn` takes a tuple of Jacobians, one a batch.
 
     Returns:
-      An Optax transformation. Its `update` takes `losses=` and `shared=` (a mask over the
-      parameters) for a `jax.jacrev` tree; all other extra arguments reach `update_fn`.
+      An Optax transformation. Its `update` takes `present=`, a bool a task in a tree like the
+      losses or in their order, False where the batch has nothing of that task; `losses=` and
+      `shared=` (a mask over the parameters) for a `jax.jacrev` tree; all other extra arguments
+      reach `update_fn`.
 
     Raises:
-      TypeError: by its `update`, if it gets a plain gradient.
-      ValueError: by its `update`, if the losses are not `num_tasks`.
+      TypeError: by its `update`, if it gets a plain gradient, or `present=` is not of bools.
+      ValueError: by its `update`, if the losses are not `num_tasks`, or the state is that of
+        another strategy or of other tasks.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -60,13 +66,26 @@ def link(
     """
     get = receive_all if several else receive
 
-    def update(updates, state, params=None, *, losses=None, shared=None, **extra_args) -> Any:
-        result, state = update_fn(get(updates, losses, num_tasks, shared), state, **extra_args)
-        return result if isinstance(result, Jacobian) else conform(result, params), state
+    def update(
+        updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
+    ) -> Any:
+        states.check_state(state, lambda: init_fn(params), num_tasks)
+        given = get(updates, losses, num_tasks, shared, present)
+        result, new_state = update_fn(given, state, **extra_args)
+        everyone, here = presence(given)
+        if not everyone:
+            new_state = states.hold(here, new_state, state)
+        if isinstance(result, Jacobian):
+            return result, new_state
+        if not everyone and not (isinstance(given, Jacobian) and given.is_combined(result)):
+            # What a strategy remembers of earlier gradients makes no update of nothing.
+            anyone = jnp.any(here)
+            result = jax.tree.map(lambda leaf: jnp.where(anyone, leaf, 0), result)
+        return conform(result, params), new_state
 
     def init(params) -> Any:
         state = init_fn(params)
-        STATE_TYPES.add(type(state))
+        states.TYPES.add(type(state))
         # A state is donated: it must not hold the caller's key or weights, nor one array twice.
         return jax.tree.map(jnp.copy, state)
 
@@ -74,9 +93,13 @@ def link(
 
 
 def receive(
-    updates: Any, losses: Any = None, num_tasks: int | None = None, shared: Any = None
+    updates: Any,
+    losses: Any = None,
+    num_tasks: int | None = None,
+    shared: Any = None,
+    present: Any = None,
 ) -> Jacobian:
-    """What a link makes of the `updates`, `losses=` and `shared=` that it is given, checked.
+    """What a link makes of the `updates` and extra arguments that it is given, checked.
 
     A `Jacobian` may come alone or as the one entry of a container, as `flax.nnx.Optimizer` hands
     it on; or as the tree that `jax.jacrev` returns, together with the losses.
@@ -101,22 +124,58 @@ def receive(
     else:
         jacobian = as_jacobian(updates, losses, shared=shared)
     if num_tasks is not None and jacobian.num_tasks != num_tasks:
-        raise ValueError(
-            f"got {jacobian.num_tasks} task losses {jacobian.names}, expected "
-            f"num_tasks={num_tasks}: build the strategy with num_tasks={jacobian.num_tasks}, or "
-            f"return {num_tasks} losses"
-        )
-    return jacobian.here()
+        raise ValueError(_wrong_number(jacobian, num_tasks))
+    return jacobian.here().restrict(present, lambda: present_tasks(present, jacobian))
 
 
 def receive_all(
-    updates: Any, losses: Any = None, num_tasks: int | None = None, shared: Any = None
+    updates: Any,
+    losses: Any = None,
+    num_tasks: int | None = None,
+    shared: Any = None,
+    present: Any = None,
 ) -> tuple[Jacobian, ...]:
     """What a link for several batches makes of its `updates`: one Jacobian a batch."""
     leaves = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, Jacobian))
     if leaves and all(isinstance(leaf, Jacobian) for leaf in leaves):
-        return tuple(receive(jacobian, None, num_tasks) for jacobian in leaves)
-    return (receive(updates, losses, num_tasks, shared),)
+        return tuple(receive(jacobian, None, num_tasks, None, present) for jacobian in leaves)
+    return (receive(updates, losses, num_tasks, shared, present),)
+
+
+def presence(given: Jacobian | tuple[Jacobian, ...]) -> tuple[bool, jax.Array]:
+    """Whether no task can be absent, known while tracing, and which tasks take part."""
+    jacobians = (given,) if isinstance(given, Jacobian) else given
+    here = functools.reduce(jnp.logical_and, [jacobian.present for jacobian in jacobians])
+    return all(jacobian.everyone for jacobian in jacobians), here
+
+
+def present_tasks(present: Any, jacobian: Jacobian) -> jax.Array:
+    """The extra argument `present=` as `(K,)` bool."""
+    for leaf in jax.tree.leaves(present):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
+            raise TypeError(
+                f"present={present!r}, expected a bool for each of the tasks {jacobian.names}: "
+                "False where the batch has nothing of that task"
+            )
+    return per_task("present", present, jacobian).astype(bool)
+
+
+def _wrong_number(jacobian: Jacobian, num_tasks: int) -> str:
+    names, got = jacobian.names, jacobian.num_tasks
+    few = str(names) if got <= 8 else f"({', '.join(map(repr, names[:3]))}, ...)"
+    if got == 1:
+        first = "got one loss, as of a sum: return the losses apart, as a dict or a list"
+    elif len(jax.tree.leaves(jacobian.losses)) == 1:
+        first = (
+            f"got one array of {got} losses, as of a loss an example that was not reduced: take "
+            "its mean for each task"
+        )
+    else:
+        first = f"got {got} losses {few}"
+    return (
+        f"{first}. The strategy has num_tasks={num_tasks}: it expects {num_tasks} losses; if "
+        f"{got} is meant, build it with num_tasks={got}"
+    )
 
 
 def _describe(tree: Any) -> str:
@@ -217,6 +276,18 @@ def task_position(option: str, task: int | str, names: tuple[str, ...]) -> int:
     if isinstance(task, int) and -len(names) <= task < len(names):
         return task % len(names)
     raise ValueError(f"{option}={task!r}, expected one of the tasks {names} or its position")
+
+
+def dealt(values: jax.Array, present: jax.Array) -> jax.Array:
+    """What was drawn for K tasks, handed to those present in their order, first come first served.
+
+    A strategy that draws at random so draws for them what it would draw if they were all.
+
+    Args:
+      values: `(K, ...)`; what absent tasks get means nothing.
+      present: `(K,)` bool.
+    """
+    return values[jnp.maximum(jnp.cumsum(present) - 1, 0)]
 
 
 def keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:

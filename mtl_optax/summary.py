@@ -1,39 +1,55 @@
 """Reading what the links of a chain recorded in their state."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.links import STATE_TYPES
+from mtl_optax.jacobian import Jacobian, task_names
+from mtl_optax.states import kind_of_leaf, link_states, num_tasks_of
 
 
-def summarize(opt_state: Any, names: Sequence[str]) -> dict[str, jax.Array]:
+def summarize(opt_state: Any, losses: Any) -> dict[str, jax.Array]:
     """Flattens the numbers in the states of this library's links into named scalars.
 
     Ready for TensorBoard, W&B or a plot, inside `jit` and `scan` too.
 
     Args:
       opt_state: the state of any `optax.chain` with links of this library in it.
-      names: the K task names, as `Jacobian.names` gives them.
+      losses: the losses that the loss function returned, or their Jacobian: they say which number
+        is whose. Or the names alone, `Jacobian.names`, in the order in which JAX flattens losses:
+        the sorted one for a dict.
 
     Returns:
       A dict of scalars: `"weights/click"` for what is kept a task, `"cosine/buy-click"` for each
-      pair of tasks, `"fallbacks"` for counters. Where two links keep a field of the same name, the
-      later one's gets its position among them, `"weights.2/click"`.
+      pair of tasks (`"cosine/'a-b'-'c'"` where plain names could be read in two ways),
+      `"fallbacks"` for counters. Where two links keep a field of the same name, the later one's
+      gets its position among them, `"weights.2/click"`.
+
+    Raises:
+      ValueError: if the losses are not as many as the tasks of the state, or names are not in the
+        order of the losses of a dict.
 
     Examples:
       >>> import mtl_optax as mtl
       >>> state = mtl.pareto(num_tasks=2).init(None)
-      >>> mtl.summarize(state, ("buy", "click"))
+      >>> mtl.summarize(state, {"click": 0.3, "buy": 2.0})
       {'weights/buy': Array(0.5, dtype=float32), 'weights/click': Array(0.5, dtype=float32),
        'fallbacks': Array(0, dtype=int32)}
     """
-    num_tasks, summary, seen = len(names), {}, {}
-    for state in filter(_is_link_state, jax.tree.leaves(opt_state, is_leaf=_is_link_state)):
-        for field, value in state._asdict().items():
-            entries = _entries(value, num_tasks, names)
+    names = _names(losses)
+    summary, seen = {}, {}
+    for state in link_states(opt_state):
+        made_for = num_tasks_of(state)
+        if made_for is not None and made_for != len(names):
+            raise ValueError(
+                f"got {len(names)} tasks {names}, and the {type(state).__name__} is of {made_for}: "
+                "pass the losses that the strategy was updated with"
+            )
+        for field in state._fields:
+            entries = _entries(state, field, names)
             if entries:
                 seen[field] = seen.get(field, 0) + 1
                 title = field if seen[field] == 1 else f"{field}.{seen[field]}"
@@ -41,19 +57,44 @@ def summarize(opt_state: Any, names: Sequence[str]) -> dict[str, jax.Array]:
     return summary
 
 
-def _is_link_state(node: Any) -> bool:
-    ours = type(node).__module__.startswith(f"{__package__}.") or type(node) in STATE_TYPES
-    return ours and hasattr(node, "_asdict")
+def _names(losses: Any) -> tuple[str, ...]:
+    if isinstance(losses, Jacobian):
+        return losses.names
+    if isinstance(losses, str) or not (
+        isinstance(losses, Sequence) and all(isinstance(name, str) for name in losses)
+    ):
+        return task_names(losses)
+    names = tuple(losses)
+    in_order = tuple(sorted(names, key=_place))
+    if names != in_order or len(set(names)) != len(names):
+        raise ValueError(
+            f"the names {names} are not those of a dict of losses, whose order is {in_order}: "
+            "which number is whose can't be told. Pass the losses or their Jacobian"
+        )
+    return names
 
 
-def _entries(value: Any, num_tasks: int, names: Sequence[str]) -> dict[str, jax.Array]:
+def _place(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts paths as JAX sorts the keys along them."""
+    parts = name.split("/")
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
+
+
+def _entries(state: Any, field: str, names: Sequence[str]) -> dict[str, jax.Array]:
+    value, num_tasks = getattr(state, field), len(names)
     if not hasattr(value, "dtype") or jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return {}
-    if value.shape == ():
-        return {"": value}
-    if value.shape == (num_tasks,):
+    kind = kind_of_leaf(state, field, num_tasks)
+    if kind == "task" and value.shape == (num_tasks,):
         return dict(zip(names, value, strict=True))
-    if value.shape == (num_tasks, num_tasks):
-        pairs = [(i, j) for i in range(num_tasks) for j in range(i + 1, num_tasks)]
-        return {f"{names[i]}-{names[j]}": value[i, j] for i, j in pairs}
-    return {}
+    if kind == "pair" and value.shape == (num_tasks, num_tasks):
+        pairs = list(itertools.combinations(range(num_tasks), 2))
+        return dict(zip(_pair_names(names), [value[i, j] for i, j in pairs], strict=True))
+    return {"": value} if kind == "step" and value.shape == () else {}
+
+
+def _pair_names(names: Sequence[str]) -> list[str]:
+    plain = [f"{a}-{b}" for a, b in itertools.combinations(names, 2)]
+    if len(set(plain)) == len(plain):
+        return plain
+    return [f"{a!r}-{b!r}" for a, b in itertools.combinations(names, 2)]

@@ -23,10 +23,12 @@ def aggregate(tx, matrix, losses=None):
     [
         (mtl.sum_tasks(), (2.0, 2.0, 2.0)),
         (mtl.mean_tasks(), (1.0, 1.0, 1.0)),
+        (mtl.sum(2), (2.0, 2.0, 2.0)),
+        (mtl.mean(2), (1.0, 1.0, 1.0)),
         (mtl.mgda(2), (0.0, 1.0, 1.0)),
         (mtl.pcgrad(2, key=jax.random.key(0)), (0.5848, 3.8012, 3.8012)),
     ],
-    ids=["sum", "mean", "mgda", "pcgrad"],
+    ids=["sum_tasks", "mean_tasks", "sum", "mean", "mgda", "pcgrad"],
 )
 def test_golden_values(tx, expected):
     np.testing.assert_allclose(aggregate(tx, GOLDEN)[0], expected, atol=5e-5)
@@ -146,3 +148,19 @@ def test_mean_tasks_leaves_heads_their_own_gradient():
     update, _ = tx.update(jac, tx.init(params), params)
     expected = jax.grad(lambda p: jnp.mean(jnp.stack(list(losses(p).values()))))(params)
     jax.tree.map(np.testing.assert_array_equal, update, expected)
+
+
+def test_sum_and_mean_know_their_tasks():
+    for factory in (mtl.sum, mtl.mean):
+        with pytest.raises(ValueError, match="expects 3 losses"):
+            aggregate(factory(3), GOLDEN)
+        with pytest.raises(ValueError, match="at least 1"):
+            factory(0)
+
+
+def test_the_mean_is_over_those_present():
+    present, losses = jnp.array([True, False]), jnp.ones(2)
+    for tx in (mtl.mean_tasks(), mtl.mean(2), mtl.match_norm(mtl.sum_tasks())):
+        state = tx.init(GOLDEN[0])
+        update, _ = tx.update(GOLDEN, state, GOLDEN[0], losses=losses, present=present)
+        np.testing.assert_allclose(update, GOLDEN[0], rtol=1e-6)

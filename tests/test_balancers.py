@@ -1,5 +1,7 @@
 """Each balancer against its paper's formula."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,9 @@ EYE = jnp.eye(2)
 def run(tx, losses_seq, matrix=EYE, **extra_args):
     """The states after each of a sequence of losses, with a constant Jacobian."""
     state, states = tx.init(matrix[0]), []
+    step = jax.jit(lambda state, losses: tx.update(matrix, state, losses=losses, **extra_args))
     for losses in losses_seq:
-        jac, state = tx.update(matrix, state, losses=jnp.asarray(losses), **extra_args)
+        jac, state = step(state, jnp.asarray(losses))
         states.append(state)
     return jac, states
 
@@ -52,6 +55,123 @@ def test_aliases_are_the_balancer_and_a_sum():
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_allclose(got, state[0].weights @ matrix, rtol=1e-6)
     assert mtl.dwa.__name__ == "dwa"
+
+
+WHOLE = [n.removeprefix("scale_by_") for n in dir(mtl) if n.startswith("scale_by_")]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_help_of_a_whole_strategy_says_all_that_its_balancer_says(name):
+    whole, balancer = getattr(mtl, name), getattr(mtl, f"scale_by_{name}")
+    assert inspect.signature(whole) == inspect.signature(balancer)
+    first = whole.__doc__.splitlines()[0]
+    assert first.endswith(f"`scale_by_{name}` followed by `sum_tasks()`.")
+    assert "A whole strategy: Jacobian in, gradient out." in whole.__doc__
+    assert ">>>" not in whole.__doc__
+    for section in ("Args:", "Returns:", "Raises:", "Differs from:", "References:"):
+        assert (f"\n{section}\n" in whole.__doc__) == (section in balancer.__doc__), section
+    options = inspect.signature(whole).parameters
+    assert all(f"\n  {option}: " in whole.__doc__ for option in options)
+
+
+# Tasks of no use for a while or for ever.
+
+SGD = optax.sgd(1e-2)
+LASTING = {
+    "uncertainty": mtl.uncertainty,
+    "uncertainty_sgd": lambda k: mtl.uncertainty(k, optimizer=SGD),
+    "imtl_l": mtl.imtl_l,
+    "gradnorm": mtl.gradnorm,
+    "famo": mtl.famo,
+    "gls": mtl.gls,
+    "uwso": mtl.uwso,
+    "dwa": lambda k: mtl.dwa(k, window=10),
+    "softadapt": lambda k: mtl.softadapt(k, normalize=True, loss_weighted=True),
+    "relobralo": lambda k: mtl.relobralo(k, key=jax.random.key(0)),
+    "cov": mtl.cov,
+    "encodec": mtl.encodec,
+    "lr_annealing": mtl.lr_annealing,
+    "ntk": mtl.ntk,
+    "scale_invariant": mtl.scale_invariant,
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_trains_for_20_000_steps_beside_tasks_without_a_loss(name):
+    """One loss is 0, one negative, one NaN and absent for 1,000 steps."""
+    tx = optax.chain(LASTING[name](5), optax.adam(1e-2))
+    centres = jnp.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+
+    def step(carry, t):
+        w, state = carry
+        away = (t >= 5000) & (t < 6000)
+
+        def task_losses(w):
+            first, second = (0.2 + jnp.sum((w - c) ** 2) for c in centres)
+            third = jnp.where(away, jnp.nan, 0.1 + jnp.sum((w - 0.5) ** 2))
+            return [first, second, 0 * jnp.sum(w), 0.05 * jnp.sum(w**2) - 9, third]
+
+        losses, jac = mtl.value_and_jac(task_losses)(w)
+        updates, state = tx.update(jac, state, w, present=[True] * 4 + [~away])
+        return (optax.apply_updates(w, updates), state), jnp.stack(losses)
+
+    w = jnp.array([3.0, -2.0, 4.0])
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(20_000)))
+    (w, state), losses = run((w, tx.init(w)))
+    for leaf in jax.tree.leaves((w, state)):
+        assert jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) or jnp.isfinite(leaf).all()
+    assert (losses[-1, :2] < losses[0, :2] / 5).all()
+
+
+UNUSABLE = {
+    "uncertainty": (mtl.scale_by_uncertainty, [0, 3, 3, 3]),
+    "imtl_l": (mtl.scale_by_imtl_l, [0, 3, 3, 3]),
+    "gradnorm": (mtl.scale_by_gradnorm, [0, 3, 3, 3]),
+    "famo": (mtl.scale_by_famo, [0, 3, 3, 3]),
+    "gls": (mtl.scale_by_gls, [0, 3, 3, 3]),
+    "uwso": (mtl.scale_by_uwso, [0, 3, 3, 3]),
+    "log_losses": (mtl.log_losses, [0, 3, 3, 3]),
+    "stch": (mtl.scale_by_stch, [0, 0, 0, 3]),
+    "stch_log": (lambda k: mtl.scale_by_stch(k, kind="log"), [0, 3, 3, 3]),
+    "softadapt": (lambda k: mtl.scale_by_softadapt(k, loss_weighted=True), [0, 2, 2, 2]),
+    "cosmos": (mtl.scale_by_cosmos, [0, 0, 0, 3]),
+    "pbi": (mtl.scale_by_pbi, [0, 0, 0, 3]),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_losses_that_could_not_be_used_are_counted(name):
+    factory, expected = UNUSABLE[name]
+    _, states = run(factory(4), [[1.0, 0.0, -1.0, np.nan]] * 3, jnp.eye(4))
+    np.testing.assert_array_equal(states[-1].unusable, expected)
+    # Those of absent tasks are not.
+    absent = jnp.array([False, True, True, True])
+    _, states = run(factory(4), [[np.nan, 1.0, 2.0, 3.0]] * 3, jnp.eye(4), present=absent)
+    np.testing.assert_array_equal(states[-1].unusable, 0)
+
+
+@pytest.mark.parametrize("optimizer", [None, SGD])
+@pytest.mark.parametrize("regularizer", ["log", "log1p"])
+def test_uncertainty_keeps_its_variance_where_no_loss_is_positive(optimizer, regularizer):
+    tx = mtl.scale_by_uncertainty(4, regularizer=regularizer, optimizer=optimizer)
+    _, states = run(tx, [[2.0, 2.0, 2.0, 2.0], [1.0, 0.0, -3.0, np.inf]], jnp.eye(4))
+    before, after = (state.log_variances for state in states)
+    np.testing.assert_array_equal(after[1:], before[1:])
+    assert after[0] != before[0]
+    _, (state,) = run(mtl.scale_by_uncertainty(2, optimizer=optax.sgd(1.0)), [[1e30, 1e-30]])
+    assert state.log_variances[0] == np.float32(np.log(1e12))
+
+
+def test_an_optimizer_of_its_own_starts_with_its_task():
+    """Adam's debiasing counts the updates of a task, not those of all."""
+    for factory in (mtl.scale_by_uncertainty, mtl.scale_by_imtl_l):
+        late = jnp.array([[True, False]] * 5 + [[True, True]] * 3)
+        tx = factory(2)
+        state = tx.init(None)
+        for present in late:
+            _, state = tx.update(EYE, state, losses=jnp.array([2.0, 3.0]), present=present)
+        _, states = run(tx, [[3.0, 3.0]] * 3)
+        np.testing.assert_allclose(state[1][1], states[-1][1][1], rtol=1e-6)
 
 
 # Uncertainty: the objective of Kendall et al. 2018 and its variant, differentiated by JAX.
@@ -178,6 +298,34 @@ def test_gradnorm_weights_do_not_depend_on_the_unit_of_the_losses():
     np.testing.assert_allclose(weights_in(1e-6), weights_in(1.0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", [None, SGD])
+def test_gradnorm_starts_a_task_with_its_first_positive_loss(optimizer):
+    matrix = jnp.array([[3.0, 0.0], [0.0, 0.5]])
+    losses = np.array([[2.0, 3.0]] + [[1.0, 2.9]] * 100)
+    unusable = np.array([[2.0, 0.0], [2.0, -1.0], [2.0, np.nan]])
+    tx = mtl.scale_by_gradnorm(2, optimizer=optimizer)
+    step = lambda state, x: (tx.update(matrix, state, losses=x)[1], None)  # noqa: E731
+    train = jax.jit(lambda x: jax.lax.scan(step, tx.init(None), x)[0])
+    expected, got = train(losses), train(np.concatenate([unusable, losses]))
+    np.testing.assert_array_equal(got.initial_losses, [2.0, 3.0])
+    np.testing.assert_allclose(got.weights, expected.weights, rtol=0.05)
+    assert got.weights[1] > 1.1
+
+
+def test_gradnorm_shares_what_absent_tasks_leave():
+    tx, losses = mtl.scale_by_gradnorm(3), jnp.array([0.5, 2.0, 3.0])
+    matrix = jnp.diag(jnp.array([3.0, 1.0, 0.2]))
+    step = jax.jit(lambda state, present: tx.update(matrix, state, losses=losses, present=present))
+    state = tx.init(None)
+    for _ in range(20):
+        _, state = step(state, jnp.array([True, True, True]))
+    for present in ([True, False, False], [False, True, True]):
+        _, after = step(state, jnp.array(present))
+        np.testing.assert_allclose(jnp.sum(after.weights), 3, rtol=1e-6)
+        np.testing.assert_allclose(after.weights[0], state.weights[0], rtol=1e-6)
+    assert after.weights[1] != state.weights[1]
+
+
 def test_gradnorm_beats_equal_weights_on_its_own_toy_problem():
     """Chen et al. 2018, section 4: two regressions whose scales differ 100-fold."""
     sigmas, steps, batch = jnp.array([1.0, 100.0]), 1000, 100
@@ -243,6 +391,24 @@ def test_dwa_skips_a_loss_that_is_not_finite():
     np.testing.assert_allclose(states[-1].weights, [0.8756, 1.1244], atol=5e-5)
 
 
+def test_a_late_task_has_its_own_first_windows():
+    """Its weight is 1 in them; the others share theirs as if they were all."""
+    losses = np.array([[2.0, 2.0, 2.0], [1.0, 2.0, 1.0], [0.5, 2.0, 3.0], [0.1, 1.0, 2.0]])
+    late = np.arange(4)[:, None] >= np.array([0, 0, 2])
+    for factory, first in ((mtl.scale_by_dwa, 2), (mtl.scale_by_softadapt, 1)):
+        tx, pair = factory(3), factory(2)
+        state, alone = tx.init(None), pair.init(None)
+        step, step_alone = jax.jit(tx.update), jax.jit(pair.update)
+        for t in range(4):
+            _, state = step(jnp.eye(3), state, losses=losses[t], present=late[t])
+            _, alone = step_alone(EYE, alone, losses=losses[t, :2])
+            if t < 2 + first:
+                np.testing.assert_allclose(state.weights[:2], alone.weights, rtol=1e-6)
+                assert state.weights[2] == 1
+            np.testing.assert_allclose(jnp.sum(state.weights), 3, rtol=1e-6)
+        np.testing.assert_array_equal(state.count, [4, 4, 2])
+
+
 # DTP.
 
 
@@ -256,7 +422,7 @@ def test_dtp_follows_its_moving_average():
         expected = -((1 - average) ** gamma) * np.log(average)
         np.testing.assert_allclose(state.weights, expected, rtol=1e-5)
         np.testing.assert_allclose(jac.rows(), np.diag(expected), rtol=1e-5)
-    assert state.invalid == 0
+    np.testing.assert_array_equal(state.invalid, 0)
 
 
 def test_dtp_clamps_and_counts_invalid_kpis():
@@ -265,8 +431,24 @@ def test_dtp_clamps_and_counts_invalid_kpis():
     for kpis in ([1.5, np.nan, -0.1], [0.5, np.nan, 0.0], [0.5, 0.5, 1.0]):
         _, state = tx.update(jnp.eye(3), state, losses=jnp.ones(3), kpis=jnp.array(kpis))
         assert np.isfinite(state.weights).all()
-    assert state.invalid == 4
+    np.testing.assert_array_equal(state.invalid, [1, 2, 1])
     np.testing.assert_allclose(state.kpis[1], 0.5)
+
+
+@pytest.mark.parametrize("kpis", [70, [0.5, 70.0], np.array([-0.1, 0.5]), {"a": 0.5, "b": 1.5}])
+def test_dtp_refuses_numbers_that_are_no_share(kpis):
+    losses, rows = {"a": jnp.ones([]), "b": jnp.ones([])}, {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = mtl.scale_by_dtp(2)
+    for update in (
+        tx.update,
+        jax.jit(lambda *args, **kw: tx.update(*args, **(kw | {"kpis": kpis}))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"kpis=.*, expected in \[0, 1\]: a share, not percent"
+        ):
+            update(rows, tx.init(None), losses=losses, kpis=kpis)
+    _, state = tx.update(rows, tx.init(None), losses=losses, kpis=np.array([np.nan, 1.0]))
+    np.testing.assert_array_equal(state.invalid, [1, 0])
 
 
 def test_dtp_does_not_differentiate_its_kpis():
@@ -277,6 +459,48 @@ def test_dtp_does_not_differentiate_its_kpis():
         ]
 
     assert jax.grad(weight)(0.5) == 0
+
+
+# NTK and learning-rate annealing.
+
+
+def test_ntk_holds_the_weights_of_the_last_traces():
+    matrix, tx = jnp.array([[3.0, 0.0], [0.0, 0.5]]), mtl.scale_by_ntk(2)
+    step = jax.jit(tx.update)
+    _, state = step(matrix, tx.init(None), losses=jnp.ones(2))
+    np.testing.assert_allclose(state.weights, [9.25 / 9, 9.25 / 0.25], rtol=1e-5)
+    _, state = step(matrix, state, losses=jnp.ones(2), ntk_traces=[1.0, 4.0])
+    for scale in (1.0, 5.0):
+        jac, state = step(matrix * jnp.array([[1.0], [scale]]), state, losses=jnp.ones(2))
+        np.testing.assert_array_equal(state.weights, [5.0, 1.25])
+        np.testing.assert_allclose(jac.losses, [5.0, 1.25])
+    # The trace of an absent task counts for nothing.
+    present = jnp.array([True, False])
+    _, state = step(
+        matrix, state, losses=jnp.ones(2), ntk_traces=jnp.array([2.0, 9.0]), present=present
+    )
+    np.testing.assert_array_equal(state.weights, [1.0, 1.25])
+
+
+def test_ntk_measures_nothing_while_it_holds():
+    tx = mtl.scale_by_ntk(2)
+    update = lambda state: tx.update(EYE, state, losses=jnp.ones(2))[1]  # noqa: E731
+    equations = jax.make_jaxpr(update)(tx.init(None)).eqns
+    (cond,) = [equation for equation in equations if equation.primitive.name == "cond"]
+    measured, held = (branch.jaxpr.eqns for branch in cond.params["branches"])
+    assert measured
+    assert not held
+
+
+def test_lr_annealing_holds_all_weights_while_the_reference_gives_no_measure():
+    tx = mtl.scale_by_lr_annealing(3, reference=0)
+    matrix = jnp.array([[4.0, 1.0], [1.0, 1.0], [0.5, 2.0]])
+    _, (state,) = run(tx, [[1.0] * 3], matrix)
+    present = jnp.array([False, True, True])
+    _, held = tx.update(matrix, state, losses=jnp.ones(3), present=present)
+    np.testing.assert_array_equal(held.weights, state.weights)
+    _, held = tx.update(matrix.at[0].set(0), state, losses=jnp.ones(3))
+    np.testing.assert_array_equal(held.weights, state.weights)
 
 
 # PE-LTR.

@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import mtl_optax as mtl
 from mtl_optax import (
     aligned_mtl,
     cagrad,
@@ -454,3 +456,115 @@ def test_gradvac_survives_rows_that_agree_oppose_vanish_or_are_nan():
 def test_options_are_checked(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+# Absent tasks.
+
+MANY = jax.random.normal(jax.random.key(11), (5, 9)) - 0.2
+PRESENT = np.array([True, False, True, True, False])
+OF_A_GRAMIAN = {
+    name: row
+    for name, row in mtl.STRATEGIES.items()
+    if row.kind == "aggregator" or name == "pareto"
+}
+
+
+def steps_of(tx, matrices, losses, state, several=False, **present):
+    updates = []
+    for matrix in matrices:
+        jac = mtl.as_jacobian(matrix, losses)
+        given = (jac, mtl.as_jacobian(1.3 * matrix[..., ::-1], losses)) if several else jac
+        update, state = jax.jit(tx.update)(given, state, matrix[0], **present)
+        updates.append(np.asarray(update, np.float64))
+    return updates, state
+
+
+@pytest.mark.parametrize("name", OF_A_GRAMIAN)
+def test_those_present_get_what_they_would_get_alone(name):
+    """Draws and turns are dealt in the order of those present; NaN of the others reaches nobody."""
+    key, several = jax.random.key(4), mtl.STRATEGIES[name].needs == "batches"
+    tx, alone = mtl.make(name, 5, key=key), mtl.make(name, 3, key=key)
+    losses = jnp.array([0.4, jnp.nan, 1.2, 0.7, jnp.inf])
+    matrices = [jnp.where(PRESENT[:, None], s * MANY + t, jnp.nan) for s, t in ((1, 0), (2, 0.3))]
+    rows = [matrix[PRESENT] for matrix in matrices]
+    expected, _ = steps_of(alone, rows, losses[PRESENT], alone.init(MANY[0]), several)
+    # EPO's program, steep a hundredfold, lets as much rounding of the Gramian through.
+    tolerance = 5e-5 if name == "epo" else 5e-6
+    updates, state = steps_of(tx, matrices, losses, tx.init(MANY[0]), several, present=PRESENT)
+    for update, wanted in zip(updates, expected, strict=True):
+        assert relative_error(update, wanted) < tolerance
+    if not several:
+        dropped = optax.chain(mtl.drop_nonfinite_tasks(5), tx)
+        updates, state = steps_of(dropped, matrices, losses, dropped.init(MANY[0]))
+        for update, wanted in zip(updates, expected, strict=True):
+            assert relative_error(update, wanted) < tolerance
+    assert all(x == 0 for _, x in optax.tree.get_all_with_path(state, "fallbacks"))
+
+
+def test_a_floor_of_an_absent_task_is_room_for_the_others():
+    for solver in ("exact", "two_step"):
+        tx = mtl.scale_by_pareto(3, floors=[0.5, 0.2, 0.2], solver=solver)
+        alone = mtl.scale_by_pareto(2, floors=[0.2, 0.2], solver=solver)
+        present = jnp.array([False, True, True])
+        _, state = tx.update(MANY[:3], tx.init(None), losses=jnp.ones(3), present=present)
+        _, expected = alone.update(MANY[1:3], alone.init(None), losses=jnp.ones(2))
+        np.testing.assert_allclose(state.weights[1:], expected.weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["none", "l2", "loss", "loss+"])
+def test_mgda_leaves_a_zero_loss_out_where_it_is_absent(normalize):
+    losses = jnp.array([0.5, 0.0, 2.0])
+    tx, alone = mtl.mgda(3, normalize=normalize), mtl.mgda(2, normalize=normalize)
+    matrix = MANY[:3].at[1].set(0)
+    present = jnp.array([True, False, True])
+    update, state = tx.update(matrix, tx.init(None), losses=losses, present=present)
+    expected, _ = alone.update(matrix[::2], alone.init(None), losses=losses[::2])
+    assert relative_error(update, np.asarray(expected)) < 1e-6
+    assert state.fallbacks == 0
+
+
+# Where the rows cancel.
+
+
+def stationary_rows(num_tasks, rng):
+    rows, weights = rng.normal(size=(num_tasks, 7)), rng.uniform(0.2, 1, num_tasks)
+    rows[-1] = -(weights[:-1] @ rows[:-1]) / weights[-1]
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["mgda", "pareto", "upgrad", "dualproj", "nash_mtl", "fairgrad"])
+def test_match_norm_makes_no_step_of_what_rounding_leaves(name, dtype):
+    rng = np.random.default_rng(5)
+    gradient, aside = rng.normal(size=(2, 7))
+    with jax.enable_x64(dtype == np.float64):
+        for num_tasks in (2, 3, 4):
+            tx = mtl.match_norm(mtl.make(name, num_tasks))
+            losses = jnp.ones(num_tasks, dtype)
+
+            @jax.jit
+            def step(rows, tx=tx, losses=losses):
+                return tx.update(rows, tx.init(rows[0]), rows[0], losses=losses)
+
+            cases = [stationary_rows(num_tasks, rng) for _ in range(4)]
+            if num_tasks == 2:
+                cases.append(np.stack([gradient, -0.3 * gradient]))
+            for rows in cases:
+                for scale in (1e-6, 1e-3, 1.0, 1e6):
+                    update, state = step(jnp.asarray(scale * rows, dtype))
+                    np.testing.assert_array_equal(update, 0)
+                    assert np.isfinite(state.factor)
+                    # A little aside from there it steps.
+                    tilted = rows + 2e-4 * aside * np.linalg.norm(rows)
+                    update, _ = step(jnp.asarray(scale * tilted, dtype))
+                    norms = [np.linalg.norm(x) for x in (update, scale * tilted.mean(axis=0))]
+                    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_match_norm_keeps_what_an_unsolvable_program_falls_back_to():
+    gradient = np.random.default_rng(6).normal(size=7).astype(np.float32)
+    tx = mtl.match_norm(mtl.imtl_g(2))
+    rows = jnp.stack([gradient, -0.3 * gradient])
+    update, state = tx.update(rows, tx.init(rows[0]), rows[0], losses=jnp.ones(2))
+    np.testing.assert_allclose(update, 0.35 * gradient, rtol=1e-5)
+    assert state.inner_state.fallbacks == 1

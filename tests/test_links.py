@@ -49,7 +49,7 @@ CASES = {
     "wrong number of tasks": (
         lambda: update(mtl.dwa(3), jacobian()),
         ValueError,
-        ["2 task losses", "('a', 'b')", "num_tasks=3", "num_tasks=2"],
+        ["2 losses", "('a', 'b')", "num_tasks=3", "num_tasks=2"],
     ),
     "two aggregators": (
         lambda: update(optax.chain(mtl.mgda(2), mtl.sum_tasks()), jacobian()),

@@ -152,6 +152,101 @@ def test_no_row_is_ever_computed(name, monkeypatch):
     assert scaled == losses
 
 
+# Absent tasks: what the strategy gives for the others alone, whatever its options.
+
+WITH_OPTIONS = {
+    "famo": lambda k: scale_by_famo(k, min_losses=-1.0),
+    "stch": lambda k: scale_by_stch(k, mu=1.0, reference=-1.0),
+    "stch_log": lambda k: scale_by_stch(k, kind="log", warmup=3, window=2),
+    "stch_nadir": lambda k: scale_by_stch(k, kind="log", nadir=2.0),
+    "softadapt": lambda k: scale_by_softadapt(k, normalize=True, loss_weighted=True, window=2),
+    "relobralo": lambda k: scale_by_relobralo(k, key=KEY, decay=0.5, rho=0.5, temperature=1.0),
+    "cov": lambda k: scale_by_cov(k, decay=0.8),
+    "cosmos": lambda k: scale_by_cosmos(k, preference=[3.0, 1.0, 2.0][:k], penalty=0.3),
+    "pbi": lambda k: scale_by_pbi(k, preference=[3.0, 1.0, 2.0][:k], reference=-1.0),
+    "dwa": lambda k: mtl.scale_by_dwa(k, window=2, temperature=0.5),
+    "uwso": lambda k: mtl.scale_by_uwso(k, temperature=0.5),
+    "encodec": lambda k: mtl.scale_by_encodec(k, shares=[3.0, 1.0, 2.0][:k], decay=0.5),
+    "gradnorm": lambda k: mtl.scale_by_gradnorm(k, initial_losses=2.0, optimizer=optax.sgd(0.1)),
+    "log_losses": mtl.log_losses,
+    "normalize": lambda k: mtl.normalize_tasks("max"),
+    "normalize_loss": lambda k: mtl.normalize_tasks("loss+"),
+    "clip": lambda k: mtl.clip_tasks(0.5),
+}
+
+
+@pytest.mark.parametrize("name", WITH_OPTIONS)
+@pytest.mark.parametrize("garbage", [np.nan, -7.0])
+def test_an_absent_task_changes_nothing_for_the_others(name, garbage):
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(0.5, 2.0, size=(7, 3))
+    losses[3, 1] = np.nan  # present, but not to be used
+    matrix = rng.normal(size=(3, 5))
+
+    def rows_of(num_tasks, losses, **extra_args):
+        tx = WITH_OPTIONS[name](num_tasks)
+
+        def step(state, x):
+            jac, state = tx.update(jnp.asarray(matrix[:num_tasks]), state, losses=x, **extra_args)
+            return state, (jac.rows(), jac.losses)
+
+        return jax.jit(lambda s: jax.lax.scan(step, s, jnp.asarray(losses))[1])(tx.init(None))
+
+    expected_rows, expected_losses = rows_of(2, losses[:, :2])
+    losses[:, 2] = garbage
+    rows, scaled = rows_of(3, losses, present=[True, True, False])
+    np.testing.assert_allclose(rows[:, :2], expected_rows, rtol=2e-5)
+    np.testing.assert_allclose(scaled[:, :2], expected_losses, rtol=2e-5)
+    np.testing.assert_array_equal(rows[:, 2], 0)
+    np.testing.assert_array_equal(scaled[:, 2], 0)
+
+
+@pytest.mark.parametrize("name", ["cov", "relobralo"])
+@pytest.mark.parametrize("first", [0.0, np.nan])
+def test_a_first_loss_that_could_not_be_used_counts_as_none(name, first):
+    """The statistics of that task are those without that batch."""
+    factory = {
+        "cov": scale_by_cov,
+        "relobralo": lambda k: scale_by_relobralo(k, key=KEY, rho=1.0, decay=0.5, temperature=1.0),
+    }[name]
+    losses = np.random.default_rng(6).uniform(0.5, 2.0, size=(10, 2))
+    got = states_of(factory(2), np.concatenate([[[1.0, first]], losses]))
+    expected = states_of(factory(2), losses)
+    for field in set(got._fields) - {"weights", "key"}:
+        np.testing.assert_allclose(
+            getattr(got, field)[1:, 1], getattr(expected, field)[:, 1], rtol=1e-6
+        )
+
+
+def test_relobralo_and_an_absent_task_share_k():
+    tx = scale_by_relobralo(3, key=KEY, decay=0.0, rho=1.0, temperature=0.3)
+    state, step = tx.init(None), jax.jit(tx.update)
+    rng = np.random.default_rng(7)
+    for losses, present in zip(
+        rng.uniform(0.5, 2.0, size=(40, 3)), rng.uniform(size=(40, 3)) < 0.6, strict=True
+    ):
+        before = state.weights
+        _, state = step(jnp.eye(3), state, losses=losses, present=present)
+        np.testing.assert_allclose(jnp.sum(state.weights), 3, rtol=1e-5)
+        np.testing.assert_array_equal(state.weights[~present], before[~present])
+        assert (state.weights >= 0).all()
+
+
+def test_famo_compares_a_task_with_when_it_was_last_present():
+    losses = FAMO_LOSSES[:3]
+    tx = scale_by_famo(3, optimizer=optax.sgd(0.1))
+    state = tx.init(None)
+    for x, third in zip(losses, (True, False, True), strict=True):
+        _, state = tx.update(jnp.eye(3), state, losses=x, present=[True, True, third])
+    before, after = losses[1].copy(), losses[2]
+    before[2] = losses[0, 2]
+    pair = states_of(scale_by_famo(2, optimizer=optax.sgd(0.1)), losses[:2, :2])
+    xi = np.append(pair.logits[-1], 0.0)
+    z = softmax(xi)
+    drop = np.log(before / after)
+    np.testing.assert_allclose(state.logits, xi - 0.1 * z * (drop - z @ drop), rtol=1e-5, atol=1e-7)
+
+
 INJECTED = {
     "famo": (scale_by_famo, {"min_losses": 0.1}),
     "stch": (scale_by_stch, {"mu": 0.5}),
@@ -229,7 +324,8 @@ def test_rlw_draws_the_softmax_of_normal_noise_anew_at_each_update():
 def test_gls_is_the_gradient_of_the_geometric_mean():
     losses = jnp.array([0.3, 2.0, 7.0])
     mean, expected = jax.jit(jax.value_and_grad(lambda x: jnp.prod(x) ** (1 / 3)))(losses)
-    jac, _ = jax.jit(scale_by_gls(3).update)(jnp.eye(3), None, losses=losses)
+    tx = scale_by_gls(3)
+    jac, _ = jax.jit(tx.update)(jnp.eye(3), tx.init(None), losses=losses)
     np.testing.assert_allclose(jac.rows(), np.diag(expected), rtol=1e-6)
     # The scaled losses sum to the mean itself.
     np.testing.assert_allclose(np.sum(jac.losses), mean, rtol=1e-6)
@@ -285,7 +381,7 @@ def test_imtl_has_equal_projections_on_the_rows_that_imtl_l_scaled():
 
 def test_scale_invariant_descends_the_sum_of_logarithms():
     matrix, losses = jnp.array([[3.0, 0.0], [0.2, 0.4]]), jnp.array([0.1, 5.0])
-    tx = mtl.make("scale_invariant", 2)
+    tx = mtl.scale_invariant(2)
     update, _ = tx.update(matrix, tx.init(None), losses=losses)
     expected = jax.grad(lambda x: jnp.sum(jnp.log(losses + matrix @ x)))(jnp.zeros(2))
     np.testing.assert_allclose(update, expected, rtol=1e-6)

@@ -369,7 +369,7 @@ def test_sdmgrad_solves_its_program_with_a_small_step():
     tx = sdmgrad(3, pull=pull, preference=10 * preference, learning_rate=0.6, num_steps=500)
     update, state, _ = run(tx, MATRIX)
     J = np.asarray(MATRIX, np.float64)
-    w = np.asarray(state.simplex_weights, np.float64)
+    w = np.asarray(state.shares, np.float64) / 3
     slope = J @ J.T @ (w + pull * preference)
     gap = w @ slope - slope.min()
     assert gap < 1e-4 * np.abs(slope).max()
@@ -386,7 +386,7 @@ def test_sdmgrad_takes_the_steps_of_its_algorithm():
     for _ in range(3):
         velocity = 0.5 * velocity + products @ (w + 0.3 / 3)
         w = project_to_simplex(w - 0.7 * velocity)
-    np.testing.assert_allclose(state.simplex_weights, w, atol=1e-5)
+    np.testing.assert_allclose(state.shares / 3, w, atol=1e-5)
 
 
 def test_several_batches_train_under_jit():
@@ -477,3 +477,133 @@ def test_encodec_measures_at_the_output_of_the_feature_jacobian():
     jac, _ = tx.update(jac, tx.init(w))
     np.testing.assert_allclose(jac.correlation()[1], [0.5, 0.5], rtol=1e-5)
     assert list(losses) == ["l1", "l2"]
+
+
+# Absent tasks, losses of 0 and below.
+
+
+def test_excess_mtl_starts_a_task_when_it_first_has_risk():
+    """An absent first batch, or one with a loss of 0, is as if it had not been for that task."""
+    tx, rows = excess_mtl(2), [MATRIX[:2], 0.5 * MATRIX[:2], MATRIX[:2] - 1]
+    first = MATRIX[:2].at[1].set(0)
+    _, plain, _ = run(tx, *rows)
+    _, zero, _ = run(tx, first, *rows)
+    there = jnp.array([True, False])
+    _, absent, _ = run(tx, first, present=there)
+    assert absent.count.tolist() == [1, 0]
+    _, absent, _ = run(tx, *rows, state=absent)
+    for state in (zero, absent):
+        np.testing.assert_allclose(state.initial_risk[1], plain.initial_risk[1], rtol=1e-6)
+        assert np.all((state.weights > 0.01) & (state.weights < 0.99))
+    _, never, _ = run(tx, *[first] * 50)
+    np.testing.assert_allclose(never.weights, 0.5)
+
+
+def test_excess_mtl_keeps_what_an_absent_task_has_of_the_weights():
+    tx = excess_mtl(3, step_size=0.2)
+    _, before, _ = run(tx, MATRIX, 0.7 * MATRIX)
+    there = jnp.array([True, True, False])
+    _, after, _ = run(tx, *[MATRIX] * 30, state=before, present=there)
+    np.testing.assert_allclose(jnp.sum(after.weights[:2]), 1, rtol=1e-6)
+    back = jax.nn.softmax(after.log_weights)
+    np.testing.assert_allclose(back[2], before.weights[2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("factory", [moco, modo, sdmgrad])
+def test_moved_weights_keep_what_an_absent_task_has_of_them(factory):
+    tx = factory(3)
+    _, before, _ = run(tx, MATRIX)
+    there = jnp.array([True, False, True])
+    _, after, _ = run(tx, *[MATRIX] * 30, state=before, present=there)
+    before, after = (s[-1] if factory is moco else s for s in (before, after))
+    np.testing.assert_allclose(jnp.sum(after.weights[::2]), 1, rtol=1e-6)
+    assert after.shares[1] == before.shares[1]
+    np.testing.assert_allclose(jnp.sum(after.shares), jnp.sum(before.shares), rtol=1e-5)
+
+
+def test_db_mtl_counts_losses_that_have_no_logarithm():
+    losses = jnp.array([0.7, 0.0, -2.0])
+    _, state, _ = run(db_mtl(3), MATRIX, MATRIX, losses=losses)
+    assert state[0].unusable.tolist() == [0, 2, 2]
+    there = jnp.array([True, True, False])
+    _, state, _ = run(db_mtl(3), MATRIX, losses=losses, present=there)
+    assert state[0].unusable.tolist() == [0, 1, 0]
+
+
+def test_m_config_gives_the_turn_to_whom_it_was_longest_ago():
+    tx, state, turns = m_config(3), None, []
+    pattern = [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0]]
+    for present in pattern:
+        there = jnp.array(present, bool)
+        before = [0, 0, 0] if state is None else state[0].last_turns.tolist()
+        _, state, _ = run(tx, MATRIX, state=state, present=there)
+        after = state[0].last_turns.tolist()
+        turns += [k for k in range(3) if after[k] != before[k]]
+    assert turns == [0, 1, 0, 1, 2, 0, 0]
+
+
+def test_pcd_puts_the_first_present_in_the_place_of_an_absent_primary():
+    there = jnp.array([True, True, False])
+    update, state, _ = run(pcd(3, primary=2), MATRIX, present=there)
+    expected, alone, _ = run(pcd(2), MATRIX[:2])
+    assert relative_error(update, expected) < 1e-6
+    np.testing.assert_allclose(state.weights[:2], alone.weights, rtol=1e-6)
+
+
+def test_robust_means_of_few_tasks_present():
+    matrix = jnp.array([[1.0, 0.0], [1.1, 0.2], [0.9, 0.1], [-50.0, 9.0], [jnp.nan, 1.0]])
+    there = jnp.array([True, True, False, True, False])
+    # f = 2 would leave none of three a neighbour: each has one.
+    _, state, _ = run(krum(5, num_byzantine=2), matrix, present=there)
+    np.testing.assert_allclose(state.weights[:2], 0.5)
+    assert state.weights[3] == 0
+    update, _, _ = run(trimmed_mean(5, trim=2), matrix, present=there)
+    np.testing.assert_allclose(update, [1.0, 0.2])
+    two = there & (jnp.arange(5) < 3)
+    update, _, _ = run(trimmed_mean(5, trim=2), matrix, present=two)
+    np.testing.assert_allclose(update, [1.05, 0.1])
+
+
+REMEMBERING = [
+    "gradvac",
+    "db_mtl",
+    "moco",
+    "cr_mogm",
+    "excess_mtl",
+    "pcd",
+    "modo",
+    "sdmgrad",
+    "m_config",
+]
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_20_000_steps_with_a_loss_of_0_and_a_negative_one(name):
+    """On quadratics; one task is NaN and absent for a thousand of them."""
+    targets, start = jax.random.normal(KEY, (4, 6)), jnp.full(6, 3.0)
+    tx = mtl.make(name, 4, key=KEY)
+    several = mtl.STRATEGIES[name].needs == "batches"
+
+    def task_losses(w, nan):
+        h = jnp.sum((w[None] - targets) ** 2, axis=1)
+        return [h[0], h[1] - 5, 0 * h[2], h[3] + nan]
+
+    def step(carry, t):
+        w, state = carry
+        away = (t >= 5000) & (t < 6000)
+        _, jac = mtl.value_and_jac(task_losses)(w, jnp.where(away, jnp.nan, 0.0))
+        present = ~away | (jnp.arange(4) < 3)
+        jacs = (jac, jac) if several else jac
+        update, state = tx.update(jacs, state, w, present=present)
+        norm = jnp.linalg.norm(update)
+        return (w - 1e-3 * update / jnp.maximum(norm, 1), state), norm
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(20_000)))
+    (w, state), norms = run((start, tx.init(start)))
+    numbers = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    chex.assert_tree_all_finite((w, norms, numbers))
+    first, last = (jnp.stack(task_losses(x, 0.0)) for x in (start, w))
+    if name == "cr_mogm":  # the zero row is the shortest of all
+        np.testing.assert_array_equal(last, first)
+    else:
+        assert np.all(np.delete(last - first, 2) < 0)

@@ -588,3 +588,29 @@ def test_options_do_not_widen_the_result():
         solve = functools.partial(solvers.simplex_qp, floors=floors, total=1.0)
         result = jax.eval_shape(solve, jnp.eye(2, dtype=jnp.float32))
     assert result.x.dtype == jnp.float32
+
+
+@both_precisions
+def test_variables_that_are_not_there_change_nothing(dtype):
+    """Whatever Q, q and floors say of them; and the answer is that of the others alone."""
+    rng = np.random.default_rng(3)
+    with precision_of(dtype):
+        for K in (2, 3, 6):
+            J = rng.normal(size=(K, 9)).astype(dtype)
+            q = rng.normal(size=K).astype(dtype)
+            floors = np.full(K, 0.3 / K, dtype)
+            present = np.insert(np.ones(K, bool), [0, K // 2, K], False)
+            Q = np.full((K + 3, K + 3), np.nan, dtype)
+            Q[np.ix_(present, present)] = J @ J.T
+            wide_q, wide_floors = np.full((2, K + 3), np.inf, dtype)
+            wide_q[present], wide_floors[present] = q, floors
+            result = solvers.simplex_qp(Q, wide_q, floors=wide_floors, present=present)
+            alone = solvers.simplex_qp(J @ J.T, q, floors=floors)
+            assert result.converged
+            np.testing.assert_array_equal(result.x[~present], 0)
+            np.testing.assert_allclose(result.x[present], alone.x, atol=tolerance(dtype, 64))
+    nobody = solvers.simplex_qp(jnp.eye(2), present=jnp.zeros(2, bool))
+    np.testing.assert_array_equal(nobody.x, 0)
+    assert not nobody.converged
+    with pytest.raises(ValueError, match="present has shape"):
+        solvers.simplex_qp(jnp.eye(2), present=jnp.ones(3, bool))

@@ -23,7 +23,7 @@ from mtl_optax.aggregators._pcd import pcd
 from mtl_optax.aggregators._pcgrad import pcgrad
 from mtl_optax.aggregators._rgw import rgw
 from mtl_optax.aggregators._sdmgrad import sdmgrad
-from mtl_optax.aggregators._sum import mean_tasks, sum_tasks
+from mtl_optax.aggregators._sum import mean, mean_tasks, sum, sum_tasks
 from mtl_optax.aggregators._trimmed_mean import trimmed_mean
 from mtl_optax.aggregators._upgrad import upgrad
 
@@ -43,6 +43,7 @@ __all__ = [
     "krum",
     "m_config",
     "match_norm",
+    "mean",
     "mean_tasks",
     "mgda",
     "moco",
@@ -52,6 +53,7 @@ __all__ = [
     "pcgrad",
     "rgw",
     "sdmgrad",
+    "sum",
     "sum_tasks",
     "trimmed_mean",
     "upgrad",

@@ -1,24 +1,29 @@
 """Aligned-MTL: the mean after the singular values of the Jacobian are made equal."""
 
-from typing import Any
+from typing import Literal
 
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import (
     check_preference,
     factors,
     relative_norms,
+    shares,
     solved_aggregator,
 )
-from mtl_optax.links import check_choice, preference_vector
+from mtl_optax.links import check_choice
 
 SCALES = ("min", "median", "rmse")
 
 
 def aligned_mtl(
-    num_tasks: int, *, scale: str = "min", preference: Any = None
+    num_tasks: int,
+    *,
+    scale: Literal["min", "median", "rmse"] = "min",
+    preference: TaskOption | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replaces the Jacobian by its nearest one of condition number 1, then averages.
 
@@ -36,7 +41,8 @@ def aligned_mtl(
       num_tasks: number of tasks K; static, at least 1.
       scale: σ; of the kept singular values the smallest (`"min"`, as the paper), the lower median
         (`"median"`) or the root mean square (`"rmse"`).
-      preference: p, a non-negative number or one a task; None is 1/K.
+      preference: p, a non-negative number or one a task; None is one over the number of tasks
+        present.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: that of a mean of orthogonal rows of
@@ -66,12 +72,12 @@ def aligned_mtl(
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
+        p = shares(preference, jacobian).astype(norms.dtype)
         relative = relative_norms(norms)
         # Longest rows first: of a matrix graded so the SVD finds the small singular values to
         # rounding, where with the rows in another order it loses those below eps times the largest.
         order = jnp.argsort(-relative)
-        relative, shares = relative[order], shares[order]
+        relative, p = relative[order], p[order]
         values, vectors, kept = factors(cosines[order][:, order])
         # J = A Wᵀ with orthonormal W: the singular values of A, not the roots of the eigenvalues of
         # A Aᵀ, lest the spread of the norms be squared.
@@ -85,7 +91,7 @@ def aligned_mtl(
             "median": lambda: divisor[rank // 2],
             "rmse": lambda: jnp.sqrt(jnp.sum(jnp.where(kept, singular, 0) ** 2) / rank),
         }[scale]()
-        weights = dot(left, jnp.where(kept, sigma / divisor, 0) * dot(shares, left))
+        weights = dot(left, jnp.where(kept, sigma / divisor, 0) * dot(p, left))
         weights = jnp.where(rank > 0, weights, 0)[jnp.argsort(order)]
         return weights, jnp.all(jnp.isfinite(norms))
 

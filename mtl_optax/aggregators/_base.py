@@ -1,21 +1,23 @@
 """What the aggregators that solve for K weights share."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import check_num_tasks, check_option, dealt, link, preference_vector
+from mtl_optax.states import PerTask
 
 
 class SolvedState(NamedTuple):
     """State of the aggregators that solve for the weights of the rows."""
 
-    weights: jax.Array  # (K,) float32, of the rows in the last update
+    weights: PerTask  # (K,) float32, of the rows in the last update
     fallbacks: jax.Array  # () int32, updates that could not be solved: uniform weights
 
 
@@ -28,22 +30,24 @@ def solved_aggregator(
 
     Args:
       num_tasks: number of tasks K.
-      solve: returns `(K,)` weights and whether they are the answer.
+      solve: returns `(K,)` weights, whatever for absent tasks, and whether they are the answer.
       uniform: the weight of every task where they are not, or are not finite in float32; None is
-        1/K.
+        one over those present.
     """
     check_num_tasks(num_tasks)
-    uniform = 1 / num_tasks if uniform is None else uniform
 
     def init_fn(params):
         del params
-        return SolvedState(jnp.full(num_tasks, uniform, jnp.float32), jnp.zeros([], jnp.int32))
+        start = 1 / num_tasks if uniform is None else uniform
+        return SolvedState(jnp.full(num_tasks, start, jnp.float32), jnp.zeros([], jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         weights, solved = solve(jacobian)
+        weights = jnp.where(jacobian.present, weights, 0)
         solved &= jnp.all(jnp.isfinite(weights.astype(jnp.float32)))
-        weights = jnp.where(solved, weights, jnp.asarray(uniform, weights.dtype))
+        even = 1 / jacobian.num_present if uniform is None else uniform
+        weights = jnp.where(solved, weights, jnp.asarray(even, weights.dtype))
         update = jacobian.combine(weights)
         fallbacks = state.fallbacks + ~solved
         return update, SolvedState(weights.astype(jnp.float32), fallbacks)
@@ -51,10 +55,24 @@ def solved_aggregator(
     return link(init_fn, update_fn, num_tasks)
 
 
-def check_preference(preference: Any) -> None:
+def check_preference(preference: TaskOption | None) -> None:
     """Raises unless a preference is None or non-negative."""
     if preference is not None:
         check_option("preference", preference, lambda p: p >= 0, "non-negative weights, or None")
+
+
+def shares(preference: TaskOption | None, jacobian: Jacobian) -> jax.Array:
+    """The part of each row in a mean: the preference, by default one over the tasks present."""
+    return preference_vector(preference, 1 / jacobian.num_present, jacobian)
+
+
+def random_orders(key: jax.Array, present: jax.Array) -> jax.Array:
+    """An order of the tasks for each task, `(K, K)`; those present stand as if drawn alone."""
+    num_tasks = len(present)
+    keys = jax.random.split(key, num_tasks)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(keys)
+    present_first = jnp.argsort(~present)
+    return dealt(present_first[orders], present)
 
 
 def relative_norms(norms: jax.Array) -> jax.Array:

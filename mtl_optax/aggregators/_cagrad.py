@@ -1,6 +1,6 @@
 """CAGrad: the best worst-case improvement near the mean gradient."""
 
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ _MAX_STEPS = 50
 
 
 def cagrad(
-    num_tasks: int, *, c: Any = 0.5, rescale: str | None = None
+    num_tasks: int,
+    *,
+    c: float | jax.Array = 0.5,
+    rescale: Literal["1+c", "1+c2"] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Maximises the least improvement of any task within a ball around the mean.
 
@@ -70,18 +73,18 @@ def cagrad(
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         radius = jnp.asarray(c, norms.dtype)
-        weights, solved = _weights(cosines, norms, radius)
+        weights, solved = _weights(cosines, norms, radius, jacobian.present)
         divisor = {None: 1.0, "1+c": 1 + radius, "1+c2": 1 + radius**2}[rescale]
         return weights / divisor, solved
 
     return solved_aggregator(num_tasks, solve)
 
 
-def _weights(cosines, norms, radius):
-    K = norms.size
+def _weights(cosines, norms, radius, present):
+    K, num_present = norms.size, jnp.maximum(jnp.sum(present), 1).astype(norms.dtype)
     eps = jnp.finfo(norms.dtype).eps
     relative = relative_norms(norms)
-    mean = relative / K
+    mean = relative / num_present
     slopes = dot(cosines, mean)
     square = jnp.vdot(mean, slopes)
     # A mean that cancels to rounding has no direction, and no ball around it.
@@ -91,8 +94,7 @@ def _weights(cosines, norms, radius):
 
     # In units of the mean's norm, and with the bound μ in units of the least norm besides, row k
     # asks for <u_k, d> >= μ ρ_k with ρ_k <= 1.
-    present = relative > 0
-    smallest = jnp.min(jnp.where(present, relative, 1))
+    smallest = jnp.min(jnp.where(relative > 0, relative, 1))
     ratios = divide(smallest, relative)
 
     ridge = 4 * K * eps
@@ -100,11 +102,12 @@ def _weights(cosines, norms, radius):
 
     # The steepest common ascent comes first. With η² the program's -2 × optimum, 1 / η is what all
     # tasks can gain along a unit vector. Where that is below the rounding of the Gramian no μ > 0
-    # is attainable; nor is it for a zero row.
+    # is attainable; nor is it for a zero row of a task that is present.
     def upper_bound(ascent):
         seen = jnp.vdot(ascent, dot(cosines, ascent)) > 4 * ridge * jnp.vdot(ascent, ascent)
         eta = jnp.sqrt(jnp.maximum(jnp.vdot(ratios, ascent), 1))
-        return jnp.where(seen & jnp.all(present), (1 + radius) / eta, 0)
+        attainable = seen & jnp.all((relative > 0) | ~present)
+        return jnp.where(attainable, (1 + radius) / eta, 0)
 
     def unsolved(carry):
         *_, done, steps = carry
@@ -134,4 +137,4 @@ def _weights(cosines, norms, radius):
     lift, _, converged, done, _ = jax.lax.while_loop(unsolved, body, start)
     lift = jnp.where(stationary_mean, 0, lift)
     solved = (done & converged) | stationary_mean
-    return 1 / K + divide(length * lift, relative), solved
+    return 1 / num_present + divide(length * lift, relative), solved

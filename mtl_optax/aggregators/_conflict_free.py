@@ -1,11 +1,10 @@
 """ConFIG: the conflict-free direction with chosen cosines to all task gradients."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import (
     check_preference,
     pseudo_solve,
@@ -16,7 +15,7 @@ from mtl_optax.links import preference_vector
 
 
 def conflict_free(
-    num_tasks: int, *, preference: Any = None
+    num_tasks: int, *, preference: TaskOption | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to one direction of equal cosine with all of them (ConFIG).
 

@@ -8,13 +8,14 @@ import optax
 
 from mtl_optax.aggregators._mgda import mgda
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class CrMogmState(NamedTuple):
     """State of `cr_mogm`."""
 
-    smoothed: jax.Array  # (K,) float32, weights of the last update
-    count: jax.Array  # () int32, updates with finite weights so far
+    smoothed: PerTask  # (K,) float32, weights of the last update
+    count: PerTask  # (K,) int32, updates of each task with finite weights so far
     inner_state: Any  # of the aggregator, with the weights that it found
 
 
@@ -22,7 +23,7 @@ def cr_mogm(
     num_tasks: int,
     *,
     aggregator: optax.GradientTransformation | None = None,
-    decay: float = 0.9,
+    decay: float | jax.Array = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows with a moving average of an aggregator's weights.
 
@@ -31,7 +32,7 @@ def cr_mogm(
 
     where :math:`\hat\lambda_t` are the weights that the aggregator finds for this batch. They jump
     with the noise of the batch and are correlated with its gradients, which biases the direction;
-    the average does so less. It starts from the first weights found.
+    the average does so less. Each task's starts from the first weight that it is found.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -66,13 +67,13 @@ def cr_mogm(
 
     def init_fn(params):
         zeros = jnp.zeros(num_tasks, jnp.float32)
-        return CrMogmState(zeros, jnp.zeros([], jnp.int32), inner.init(params))
+        return CrMogmState(zeros, jnp.zeros(num_tasks, jnp.int32), inner.init(params))
 
     def update_fn(jacobian, state, **extra_args):
         # The aggregator's own update is not used; under jit it is not computed either.
         _, inner_state = inner.update(jacobian, state.inner_state, None, **extra_args)
         found = _weights(inner_state, num_tasks)
-        usable = jnp.all(jnp.isfinite(found))
+        usable = jnp.all(jnp.isfinite(found) | ~jacobian.present)
         past = jnp.where(state.count > 0, decay, 0)
         smoothed = past * state.smoothed + (1 - past) * found
         smoothed = jnp.where(usable, smoothed, state.smoothed).astype(jnp.float32)

@@ -9,16 +9,17 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.conditioning import ema_tasks, log_losses
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class DbMtlState(NamedTuple):
     """State of the last link of `db_mtl`."""
 
-    weights: jax.Array  # (K,) float32, of the averaged rows of the logarithms in the last update
+    weights: PerTask  # (K,) float32, of the averaged rows of the logarithms in the last update
 
 
 def db_mtl(
-    num_tasks: int, *, decay: float = 0.9, decay_sigma: float = 0.5
+    num_tasks: int, *, decay: float | jax.Array = 0.9, decay_sigma: float | jax.Array = 0.5
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages the gradients of the log losses and brings all to the norm of the largest.
 
@@ -26,8 +27,10 @@ def db_mtl(
               \beta_t = \beta / t^{\sigma}, \quad
               d = \max_j \|\hat m_j\| \sum_k \hat m_k / \|\hat m_k\|
 
-    A chain of `log_losses()`, `ema_tasks(num_tasks, decay=...)` and the sum of rows normalised on
-    the shared parameters; heads follow their own averaged log loss. The state holds K rows.
+    A chain of `log_losses(num_tasks)`, `ema_tasks(num_tasks, decay=...)` and the sum of rows
+    normalised on the shared parameters; heads follow their own averaged log loss. The state holds K
+    rows. Losses must be positive: one of 0 or less brings its average nothing new, so that the
+    trunk goes on along the last direction and the head comes to rest; `unusable` counts it.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -62,7 +65,7 @@ def db_mtl(
     check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
     check_option("decay_sigma", decay_sigma, lambda s: s >= 0, "at least 0")
     return optax.chain(
-        log_losses(),
+        log_losses(num_tasks),
         ema_tasks(num_tasks, decay=lambda count: decay / (count + 1.0) ** decay_sigma),
         _sum_at_largest_norm(num_tasks),
     )

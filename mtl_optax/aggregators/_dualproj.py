@@ -1,16 +1,21 @@
 """DualProj: the mean gradient, freed of conflict."""
 
-from typing import Any
-
 import optax
 
 from mtl_optax._numerics import divide, dot
-from mtl_optax.aggregators._base import check_preference, relative_norms, solved_aggregator
-from mtl_optax.links import preference_vector
+from mtl_optax._typing import TaskOption
+from mtl_optax.aggregators._base import (
+    check_preference,
+    relative_norms,
+    shares,
+    solved_aggregator,
+)
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 
 
-def dualproj(num_tasks: int, *, preference: Any = None) -> optax.GradientTransformationExtraArgs:
+def dualproj(
+    num_tasks: int, *, preference: TaskOption | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Projects the mean row onto the dual cone of all rows.
 
     .. math:: d = \arg\min_u \|u - \textstyle\sum_k p_k g_k\|^2
@@ -22,7 +27,8 @@ def dualproj(num_tasks: int, *, preference: Any = None) -> optax.GradientTransfo
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      preference: p, a non-negative number or one a task; None is 1/K.
+      preference: p, a non-negative number or one a task; None is one over the number of tasks
+        present.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like, no longer than the mean.
@@ -50,9 +56,9 @@ def dualproj(num_tasks: int, *, preference: Any = None) -> optax.GradientTransfo
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
+        p = shares(preference, jacobian).astype(norms.dtype)
         relative = relative_norms(norms)
-        solution = nonnegative_qp(cosines, dot(cosines, shares * relative))
-        return shares + divide(solution.x, relative), solution.converged
+        solution = nonnegative_qp(cosines, dot(cosines, p * relative))
+        return p + divide(solution.x, relative), solution.converged
 
     return solved_aggregator(num_tasks, solve)

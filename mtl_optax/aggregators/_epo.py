@@ -1,23 +1,24 @@
 """EPO: towards the Pareto optimal point whose losses stand in a preferred ratio."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, solved_aggregator
 from mtl_optax.links import check_option, preference_vector
 from mtl_optax.solvers import nonnegative_qp
+from mtl_optax.solvers._base import solve_free
 
-# How much the objective outweighs the proximal term. 100 leaves float32 four digits of the weights.
+# How much the objective outweighs the proximal term.
 _STRENGTH = 100.0
 # The least slack of a constraint that counts as met, relative to the largest row.
 _SLACK = -1e-3
 
 
 def epo(
-    num_tasks: int, *, preference: Any = 1.0, tolerance: Any = 1e-4
+    num_tasks: int, *, preference: TaskOption = 1.0, tolerance: float | jax.Array = 1e-4
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steers to the ray of losses in inverse proportion to the preference, then down along it.
 
@@ -44,8 +45,9 @@ def epo(
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1). Losses
-      must be non-negative, as cross entropies and squared errors are. Its state counts the updates
-      where one was not or all were 0, or with NaN rows: uniform weights 1/K.
+      must be non-negative, as cross entropies and squared errors are, and above 0: one of exactly 0
+      puts the ray out of reach, and the update may be 0 unless the task is absent. Its state counts
+      the updates where one was negative or all were 0, or with NaN rows: uniform weights 1/K.
 
     Raises:
       ValueError: if `num_tasks` < 1, a preference or `tolerance` is not above 0, or the losses are
@@ -84,11 +86,11 @@ def epo(
 
         loss = jacobian.loss_vector()
         r = preference_vector(preference, 1.0, jacobian).astype(norms.dtype)
-        r = r / jnp.sum(r)
+        r = jnp.where(jacobian.present, r, 0) / jnp.sum(r, where=jacobian.present)
         height = r * loss
         share = height / jnp.max(height)
         share = share / jnp.sum(share)
-        excess = jnp.log(jnp.maximum(num_tasks * share, jnp.finfo(share.dtype).tiny))
+        excess = jnp.log(jnp.maximum(jacobian.num_present * share, jnp.finfo(share.dtype).tiny))
         mu = jnp.sum(share * excess)
         steepest = r * (excess - mu)
         balance = mu > tolerance
@@ -100,25 +102,41 @@ def epo(
         limits = jnp.where(may_rise, jnp.minimum(pull, 0), 0)
 
         objective = relative * jnp.where(balance, pull, dot(gains, jnp.ones_like(norms)))
-        weights, slack = _maximise(objective, jnp.where(free[:, None], 0, gains), limits)
+        constraints = jnp.where(free[:, None], 0, gains)
+        weights, slack = _maximise(objective, constraints, limits, jacobian.present)
         return weights, (slack >= _SLACK) & jnp.all(loss >= 0) & jnp.isfinite(mu)
 
     return solved_aggregator(num_tasks, solve)
 
 
-def _maximise(objective, constraints, limits):
-    """Maximises a linear function of β on the simplex with Aβ >= b: `(β, least slack)`.
+def _maximise(objective, constraints, limits, present):
+    """Maximises a linear function of β on the simplex of those present, Aβ >= b: `(β, slack)`.
 
     With its proximal term it is the projection of a point onto a polytope in the plane of the
     simplex, and the dual of that has only signs for constraints.
     """
-    K = objective.size
+    num_present = jnp.maximum(jnp.sum(present), 1).astype(objective.dtype)
+
+    def in_plane(rows):
+        mean = jnp.sum(rows, axis=-1, where=present, keepdims=True) / num_present
+        return jnp.where(present, rows - mean, 0)
+
     objective = divide(objective, jnp.max(jnp.abs(objective)), objective)
-    rows = jnp.concatenate([jnp.eye(K, dtype=objective.dtype), constraints])
+    rows = jnp.concatenate([jnp.diag(present.astype(objective.dtype)), constraints])
     limits = jnp.concatenate([jnp.zeros_like(objective), limits])
-    in_plane = rows - jnp.mean(rows, axis=1, keepdims=True)
-    goal = 1 / K + _STRENGTH * (objective - jnp.mean(objective))
-    multipliers = nonnegative_qp(dot(in_plane, in_plane.T), dot(rows, goal) - limits).x
-    weights = jnp.maximum(goal + dot(multipliers, in_plane), 0)
+    tangents = in_plane(rows)
+    products = dot(tangents, tangents.T)
+    even = jnp.where(present, 1 / num_present, 0)
+    goal = even + _STRENGTH * in_plane(objective)
+    multipliers = nonnegative_qp(products, dot(rows, goal) - limits).x
+    weights = even + in_plane(goal + dot(multipliers, tangents))
+    # The goal is far away and leaves its rounding: once more for the constraints that are met with
+    # equality.
+    eps = jnp.finfo(rows.dtype).eps
+    ridge = jnp.asarray(4 * len(rows) * eps, rows.dtype)
+    missing = limits - dot(rows, weights)
+    step = solve_free(products, ridge, multipliers > 0, missing[:, None])[:, 0]
+    weights = weights + dot(jnp.where(jnp.isfinite(step), step, 0), tangents)
+    weights = jnp.where(weights > eps, weights, 0)
     weights = weights / jnp.sum(weights)
     return weights, jnp.min(dot(rows, weights) - limits)

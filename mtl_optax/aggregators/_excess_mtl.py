@@ -1,6 +1,7 @@
 """ExcessMTL: weight a task by how far it still is from its own optimum."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +9,21 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.states import PerTask
 
 
 class ExcessMtlState(NamedTuple):
     """State of `excess_mtl`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    log_weights: jax.Array  # (K,) float32, of which they are the softmax
-    initial_risk: jax.Array  # (K,) float32, mean excess risk of the warm-up
-    root_sums: Any  # like the parameters, leaves (K, *param.shape), roots of the sums of squares
-    count: jax.Array  # () int32, updates so far
+    weights: PerTask  # (K,) float32, of the last update
+    log_weights: PerTask  # (K,) float32, of which they are the softmax over the tasks present
+    initial_risk: PerTask  # (K,) float32, mean excess risk of the warm-up
+    root_sums: PerTask  # like the parameters, leaves (K, *param.shape), roots of sums of squares
+    count: PerTask  # (K,) int32, updates of each task's warm-up so far
 
 
 def excess_mtl(
-    num_tasks: int, *, step_size: float = 1.0, warmup: int = 1
+    num_tasks: int, *, step_size: float | jax.Array = 1.0, warmup: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Raises the weights of tasks with a high excess risk, by exponentiated gradient.
 
@@ -30,13 +32,15 @@ def excess_mtl(
               w_k \leftarrow \frac{w_k e^{\eta E_k / E_k(0)}}{\sum_j w_j e^{\eta E_j / E_j(0)}}
 
     The excess risk E, a second-order estimate of the loss less the least that the task could reach,
-    does not grow with label noise as the loss does. Sums run over the shared parameters. Weights
-    are even during the warm-up, whose mean risk is E(0). The state holds K rows.
+    does not grow with label noise as the loss does. Sums run over the shared parameters. A task's
+    weight is that of the start during its warm-up, whose mean risk is E(0): its first updates with
+    any risk, so neither those where it is absent nor those where its gradient is 0. The others
+    exchange their weights with one another only. The state holds K rows.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
       step_size: eta > 0.
-      warmup: updates of the warm-up, at least 1; the paper takes three epochs.
+      warmup: updates of each task's warm-up, at least 1; the paper takes three epochs.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1).
@@ -57,9 +61,8 @@ def excess_mtl(
 
     Differs from:
       The paper's H has an epsilon inside the root, so its weights depend on the units of the
-      losses; here an entry without any gradient so far counts 0. A task without risk in the warm-up
-      keeps a ratio of 1. The official code starts from weights of 1, whose sum drops from K to 1 at
-      the first step.
+      losses; here an entry without any gradient so far counts 0. The weights of the official code
+      sum to K, and its step size is 0.01.
 
     References:
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_,
@@ -72,7 +75,7 @@ def excess_mtl(
     def init_fn(params):
         zeros = jnp.zeros(num_tasks, jnp.float32)
         roots = task_zeros(num_tasks, params)
-        return ExcessMtlState(zeros + 1 / num_tasks, zeros, zeros, roots, jnp.zeros([], jnp.int32))
+        return ExcessMtlState(zeros + 1 / num_tasks, zeros, zeros, roots, zeros.astype(jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
@@ -86,19 +89,19 @@ def excess_mtl(
                 part = jnp.abs(g) * divide(jnp.abs(g), roots[i])
                 risk += jnp.sum(part, axis=tuple(range(1, g.ndim)), dtype=jnp.float32)
 
-        warm = state.count < warmup
-        finite = jnp.isfinite(risk)
-        share = jnp.where(warm & finite, risk / warmup, 0)
-        initial = state.initial_risk + share
-        ratio = divide(risk, initial, 1)
-        ratio = jnp.where(finite & ~warm, ratio, 0)
-        log_weights = jax.nn.log_softmax(state.log_weights + step_size * ratio)
-        log_weights = jnp.where(warm, state.log_weights, log_weights)
-        # A weight may return from 0 as long as its logarithm is finite.
-        log_weights = jnp.maximum(log_weights, -1e30)
-        weights = jax.nn.softmax(log_weights)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = ExcessMtlState(weights, log_weights, initial, treedef.unflatten(roots), count)
+        finite, warm = jnp.isfinite(risk), state.count < warmup
+        starts = warm & finite & (risk > 0)
+        initial = state.initial_risk + jnp.where(starts, risk / warmup, 0)
+        moves = jacobian.present & finite & ~warm
+        total = functools.partial(jax.nn.logsumexp, where=moves)
+        # Their sum stays. A weight may return from 0 as long as its logarithm is finite.
+        raised = state.log_weights + jnp.minimum(step_size * divide(risk, initial, 1), 1e30)
+        raised = jnp.maximum(raised - total(raised) + total(state.log_weights), -1e30)
+        log_weights = jnp.where(moves, raised, state.log_weights)
+        weights = jax.nn.softmax(log_weights, where=jacobian.present)
+        new_state = ExcessMtlState(
+            weights, log_weights, initial, treedef.unflatten(roots), state.count + starts
+        )
         return jacobian.combine(weights), new_state
 
     return link(init_fn, update_fn, num_tasks)

@@ -1,7 +1,6 @@
 """FairGrad: an α-fair split of the improvement between the tasks."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -10,7 +9,9 @@ from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 
-def fairgrad(num_tasks: int, *, alpha: Any = 1.0) -> optax.GradientTransformationExtraArgs:
+def fairgrad(
+    num_tasks: int, *, alpha: float | jax.Array = 1.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the update that splits the improvement fairly.
 
     .. math:: d = \sum_k w_k g_k, \quad J J^\top w = w^{-1/\alpha}, \quad w > 0

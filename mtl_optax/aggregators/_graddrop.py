@@ -1,12 +1,13 @@
 """GradDrop: keep one sign an entry, drawn by how much of the gradient has it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.links import check_key, check_num_tasks, check_option, link, per_task
 
 
@@ -17,7 +18,7 @@ class GraddropState(NamedTuple):
 
 
 def graddrop(
-    num_tasks: int, *, key: jax.Array, leak: Any = 0.0
+    num_tasks: int, *, key: jax.Array, leak: TaskOption = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sums, in every entry, the tasks of one randomly drawn sign.
 

@@ -1,25 +1,27 @@
 """GradVac: PCGrad with a target cosine learned for each pair of tasks."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax.aggregators._base import random_orders
 from mtl_optax.links import check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax.states import PerPair, PerTask
 
 
 class GradvacState(NamedTuple):
     """State of `gradvac`."""
 
-    weights: jax.Array  # (K,) float32, of the rows in the last update
-    targets: jax.Array  # (K, K) float32, running cosine of row i (as altered) with row j
+    weights: PerTask  # (K,) float32, of the rows in the last update
+    targets: PerPair  # (K, K) float32, running cosine of row i (as altered) with row j
     key: jax.Array  # typed random key
 
 
 def gradvac(
-    num_tasks: int, *, key: jax.Array, decay: Any = 0.99
+    num_tasks: int, *, key: jax.Array, decay: float | jax.Array = 0.99
 ) -> optax.GradientTransformationExtraArgs:
     r"""Turns each row towards every row that it agrees with less than usual, then sums.
 
@@ -78,7 +80,8 @@ def gradvac(
         next_key, order_key = jax.random.split(state.key)
         cosines, norms = jacobian.correlation()
         targets = state.targets.astype(norms.dtype)
-        coefficients, seen = _vaccinate(cosines, targets, order_key)
+        orders = random_orders(order_key, jacobian.present)
+        coefficients, seen = _vaccinate(cosines, targets, orders)
         weights = divide(dot(norms, coefficients), norms)
         update = jacobian.combine(weights)
         mixed = targets + jnp.asarray(1 - decay, norms.dtype) * (seen - targets)
@@ -88,12 +91,10 @@ def gradvac(
     return link(init_fn, update_fn, num_tasks)
 
 
-def _vaccinate(cosines, targets, key):
+def _vaccinate(cosines, targets, orders):
     """Row i's coefficients of the unit rows, and the cosines that it met with each other row."""
     num_tasks = cosines.shape[0]
     tasks = jnp.arange(num_tasks)
-    keys = jax.random.split(key, num_tasks)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(keys)
     smallest = 16 * jnp.finfo(cosines.dtype).eps
 
     def sine(cosine):

@@ -51,17 +51,18 @@ def imtl_g(num_tasks: int) -> optax.GradientTransformationExtraArgs:
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         relative = relative_norms(norms)
-        present = norms > 0
-        coefficients, noise = pseudo_solve(cosines, present.astype(norms.dtype))
+        seen = norms > 0
+        coefficients, noise = pseudo_solve(cosines, seen.astype(norms.dtype))
         # The smallest row sets the scale; without it a sum of 1 / norm could overflow.
-        smallest = jnp.min(jnp.where(present, relative, 1))
+        smallest = jnp.min(jnp.where(seen, relative, 1))
         weights = smallest * divide(coefficients, relative)
         total = jnp.sum(weights)
         noise = jnp.sum(smallest * divide(noise, relative))
         solved = (jnp.abs(total) > noise) & jnp.all(jnp.isfinite(norms))
         # Without a gradient there is nothing to weigh: that is no failure.
-        nothing = ~jnp.any(present)
-        weights = jnp.where(nothing, 1 / num_tasks, weights / jnp.where(total == 0, 1, total))
+        nothing = ~jnp.any(seen)
+        weights = weights / jnp.where(total == 0, 1, total)
+        weights = jnp.where(nothing, 1 / jacobian.num_present, weights)
         return weights, solved | (nothing & jnp.all(jnp.isfinite(norms)))
 
     return solved_aggregator(num_tasks, solve)

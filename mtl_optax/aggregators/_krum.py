@@ -2,18 +2,18 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._min_norm import relative_gramian
 from mtl_optax.links import check_num_tasks, link
+from mtl_optax.states import PerTask
 
 
 class KrumState(NamedTuple):
     """State of `krum`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: PerTask  # (K,) float32, of the last update
 
 
 def krum(
@@ -27,7 +27,8 @@ def krum(
     :math:`N_k` are the K - f - 2 rows nearest to row k, S the m rows of the least scores. Up to f
     rows may be anything. A row that is not finite is never selected nor a neighbour. Rows of equal
     score are selected together, so that the order of the tasks has no say (with f = 0 and K = 3 the
-    two nearest always tie).
+    two nearest always tie). K counts the tasks present: where they are so few that f leaves no
+    neighbour, each has one.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -66,7 +67,6 @@ def krum(
         )
     if not 1 <= num_selected <= num_tasks:
         raise ValueError(f"num_selected={num_selected}, expected in [1, {num_tasks}]")
-    neighbours = max(num_tasks - num_byzantine - 2, 0)
 
     def init_fn(params):
         del params
@@ -75,7 +75,7 @@ def krum(
     def update_fn(jacobian, state, **extra_args):
         del state, extra_args
         products, scales = jacobian.scaled_gramian()
-        finite = jnp.isfinite(jnp.diagonal(products) * scales)
+        finite = jacobian.present & jnp.isfinite(jnp.diagonal(products) * scales)
         gramian = relative_gramian(products, jnp.where(finite, scales, 0))
         square = jnp.diagonal(gramian)
         # Symmetric to the last bit, or mutual neighbours would not tie.
@@ -83,7 +83,10 @@ def krum(
         distances = jnp.maximum(square[:, None] + square[None, :] - 2 * inner, 0)
         apart = ~finite[:, None] | ~finite[None, :] | jnp.eye(num_tasks, dtype=bool)
         nearest = jnp.sort(jnp.where(apart, jnp.inf, distances), axis=1)
-        scores = jnp.where(finite, jnp.sum(nearest[:, :neighbours], axis=1), jnp.inf)
+        num_present = jnp.sum(jacobian.present)
+        neighbours = jnp.maximum(num_present - num_byzantine - 2, num_present > 2)
+        sums = jnp.sum(nearest, axis=1, where=jnp.arange(num_tasks) < neighbours)
+        scores = jnp.where(finite, sums, jnp.inf)
         selected = finite & (scores <= jnp.sort(scores)[num_selected - 1])
         # None selected where no row is finite.
         weights = selected / jnp.maximum(jnp.sum(selected), 1).astype(scores.dtype)

@@ -1,6 +1,6 @@
 """M-ConFIG: conflict-free directions from the momenta of the tasks, one backward pass a step."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +9,33 @@ import optax
 from mtl_optax._numerics import divide, wide
 from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.states import PerTask
 
 
 class CycleTasksState(NamedTuple):
     """State of the first link of `m_config`: the momenta of the rows."""
 
-    rows: Any  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
-    decay_products: jax.Array  # (K,) float32, the weight of the first zeros in each row
+    rows: PerTask  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
+    decay_products: Annotated[PerTask, 1.0]  # (K,) float32, the weight of the 0s in each row
+    last_turns: PerTask  # (K,) int32, the update in which each row was renewed last, from 1 on
     count: jax.Array  # () int32, updates so far
 
 
 class PseudoMomentState(NamedTuple):
-    """State of the last link of `m_config`: Adam's second moment, of an implied gradient."""
+    """State of the last link of `m_config`: Adam's moments, of an implied gradient."""
 
     momentum: Any  # like the parameters, at least float32, not debiased
     second_moment: Any  # like the parameters, at least float32, not debiased
     count: jax.Array  # () int32, updates so far
+    inner_state: Any  # of `conflict_free`
 
 
 def m_config(
-    num_tasks: int, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+    num_tasks: int,
+    *,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
     r"""ConFIG on moving averages of the rows, one of which is renewed an update.
 
@@ -40,10 +47,11 @@ def m_config(
               \Delta\theta \propto d_t / (\sqrt{\hat v} + \epsilon)
 
     where :math:`g^c` is the gradient whose Adam momentum would be d. A step costs one backward pass
-    whatever K, and takes in one task; within K steps each has had its turn. A task whose turn has
-    not come yet is left out; a gradient that is not finite leaves the momenta as they were. It
-    holds Adam's momentum already: follow it by `optax.sgd(rate)`. The state holds K rows; a head
-    too moves by its momentum.
+    whatever K, and takes in one task: of those present the one whose last turn is longest ago, so
+    that within K steps each has had its turn. A task whose turn has not come yet is left out, as is
+    an absent one; a gradient that is not finite leaves the momenta as they were. It holds Adam's
+    momentum already: follow it by `optax.sgd(rate)`. The state holds K rows; a head too moves by
+    its momentum.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -77,22 +85,25 @@ def m_config(
     for name, beta in (("b1", b1), ("b2", b2)):
         check_option(name, beta, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
     check_option("eps", eps, lambda e: e >= 0, "at least 0")
-    return optax.chain(
-        _cycle_tasks(num_tasks, b1), conflict_free(num_tasks), _pseudo_moment(b1, b2, eps)
-    )
+    return optax.chain(_cycle_tasks(num_tasks, b1), _pseudo_moment(num_tasks, b1, b2, eps))
 
 
 def _cycle_tasks(num_tasks, b1):
     def init_fn(params):
-        ones = jnp.ones(num_tasks, jnp.float32)
-        return CycleTasksState(task_zeros(num_tasks, params), ones, jnp.zeros([], jnp.int32))
+        return CycleTasksState(
+            rows=task_zeros(num_tasks, params),
+            decay_products=jnp.ones(num_tasks, jnp.float32),
+            last_turns=jnp.zeros(num_tasks, jnp.int32),
+            count=jnp.zeros([], jnp.int32),
+        )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        turn = jnp.arange(num_tasks) == state.count % num_tasks
+        never = jnp.iinfo(jnp.int32).max
+        index = jnp.argmin(jnp.where(jacobian.present, state.last_turns, never))
+        turn = jnp.arange(num_tasks) == index
         newest = jax.tree.leaves(jacobian.pullback(turn))
         averages, treedef = jax.tree.flatten(state.rows)
-        index = state.count % num_tasks
         good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in newest]))
         averages = [
             m.at[index].set(jnp.where(good, b1 * m[index] + (1 - b1) * g, m[index]))
@@ -105,20 +116,23 @@ def _cycle_tasks(num_tasks, b1):
             for m, g in zip(averages, newest, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = CycleTasksState(treedef.unflatten(averages), products, count)
+        last_turns = jnp.where(turn, count, state.last_turns)
+        new_state = CycleTasksState(treedef.unflatten(averages), products, last_turns, count)
         return jacobian.replace_rows(rows), new_state
 
     return link(init_fn, update_fn, num_tasks)
 
 
-def _pseudo_moment(b1, b2, eps):
+def _pseudo_moment(num_tasks, b1, b2, eps):
+    inner = conflict_free(num_tasks)
+
     def init_fn(params):
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
-        # Not the same arrays twice: a donated buffer may occur once.
-        return PseudoMomentState(zeros, jax.tree.map(jnp.copy, zeros), jnp.zeros([], jnp.int32))
+        return PseudoMomentState(zeros, zeros, jnp.zeros([], jnp.int32), inner.init(params))
 
-    def update_fn(updates, state, params=None):
-        del params
+    def update_fn(jacobian, state, **extra_args):
+        del extra_args
+        updates, inner_state = inner.update(jacobian, state.inner_state)
         count = jnp.asarray(optax.safe_increment(state.count))
         leaves, treedef = jax.tree.flatten(updates)
         new = []
@@ -136,6 +150,7 @@ def _pseudo_moment(b1, b2, eps):
             new.append((step, momentum.astype(m.dtype), second.astype(v.dtype)))
         steps, momenta, seconds = zip(*new, strict=True)
         like = jax.tree.structure(state.momentum).unflatten
-        return treedef.unflatten(steps), PseudoMomentState(like(momenta), like(seconds), count)
+        new_state = PseudoMomentState(like(momenta), like(seconds), count, inner_state)
+        return treedef.unflatten(steps), new_state
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return link(init_fn, update_fn, num_tasks)

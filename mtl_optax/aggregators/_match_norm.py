@@ -1,33 +1,39 @@
 """Updates of a known length, so that swapping strategies keeps the learning rate meaningful."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, power_of_two, wide
+from mtl_optax.aggregators._sum import mean_of
+from mtl_optax.jacobian import Jacobian
 from mtl_optax.links import check_choice, link
 
 TARGETS = ("mean", "sum")
+# What is left of rows that cancel to rounding is up to 15 machine epsilons of their lengths.
+_NOISE = 64
 
 
 class MatchNormState(NamedTuple):
     """State of `match_norm`."""
 
-    factor: jax.Array  # () float32, by which the last update was scaled
+    factor: jax.Array  # () float32, by which the last update was scaled, 0 if it was rounding
     inner_state: Any  # of the aggregator
 
 
 def match_norm(
-    aggregator: optax.GradientTransformation, *, to: str = "mean"
+    aggregator: optax.GradientTransformation, *, to: Literal["mean", "sum"] = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives any aggregator's update the norm of the plain mean, or sum, of the rows.
 
     .. math:: d \to d\, \frac{\|\frac1K \sum_k g_k\|}{\|d\|}
 
-    on the shared parameters; heads keep their own gradients. A zero update stays zero. It costs one
-    more backward pass, or none where the aggregator needs the rows anyway.
+    on the shared parameters; heads keep their own gradients. K counts the tasks present. A zero
+    update stays zero, and so does one that is zero up to rounding: where the weights were solved
+    for, at a Pareto-stationary point, the rows cancel, and what is left points anywhere. It costs
+    one more backward pass, or none where the aggregator needs the rows anyway.
 
     Args:
       aggregator: any strategy: Jacobian in, gradient out.
@@ -56,12 +62,18 @@ def match_norm(
         return MatchNormState(jnp.ones([], jnp.float32), inner.init(params))
 
     def update_fn(jacobian, state, **extra_args):
-        update, inner_state = inner.update(jacobian, state.inner_state, None, **extra_args)
+        watched = jacobian.watched()
+        update, inner_state = inner.update(watched, state.inner_state, None, **extra_args)
         shared = jax.tree.leaves(jacobian.shared)
-        plain = jacobian.combine(1.0 if to == "sum" else 1.0 / jacobian.num_tasks)
+        plain = watched.combine(1.0) if to == "sum" else mean_of(watched)
         (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)
         # In this order nothing leaves the range before the result does.
         factor = jnp.where(length > 0, divide(target, length) * (target_unit / unit), 1)
+        # Those that solve for their weights have `fallbacks`, and the norms at hand.
+        solved = optax.tree.get_all_with_path(inner_state, "fallbacks")
+        if solved and watched.is_combined(update):
+            is_noise = (length > 0) & (length * unit <= _rounding(watched, update, shared))
+            factor = jnp.where(is_noise, 0, factor)
         leaves, treedef = jax.tree.flatten(update)
         leaves = [
             (leaf * factor.astype(jnp.promote_types(leaf.dtype, factor.dtype))).astype(leaf.dtype)
@@ -73,6 +85,16 @@ def match_norm(
         return treedef.unflatten(leaves), new_state
 
     return link(init_fn, update_fn)
+
+
+def _rounding(watched: Jacobian, update: Any, shared: list[bool]) -> jax.Array:
+    """The length below which an update may be what rounding leaves of rows that cancel."""
+    if not watched.at_parameters:  # norms of other units than an update's
+        return jnp.zeros([], watched.dtype)
+    scales, weights = watched.weighing(update)
+    leaves = [leaf for leaf, s in zip(jax.tree.leaves(update), shared, strict=True) if s]
+    eps = max([_NOISE * jnp.finfo(watched.dtype).eps, *(jnp.finfo(x.dtype).eps for x in leaves)])
+    return eps * jnp.sum(jnp.abs(scales * weights) * watched.norms())
 
 
 def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:

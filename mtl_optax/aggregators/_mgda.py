@@ -1,5 +1,7 @@
 """MGDA: the shortest vector in the convex hull of the task gradients."""
 
+from typing import Literal
+
 import optax
 
 from mtl_optax._min_norm import min_norm_weights
@@ -9,15 +11,18 @@ from mtl_optax.links import check_choice
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
-def mgda(num_tasks: int, *, normalize: str = "none") -> optax.GradientTransformationExtraArgs:
+def mgda(
+    num_tasks: int, *, normalize: Literal["none", "l2", "loss", "loss+"] = "none"
+) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the min-norm point of their convex hull, by an exact solver.
 
     .. math:: w = \arg\min_{w \ge 0,\, \sum_k w_k = 1} \|\textstyle\sum_k w_k g_k\|^2, \quad
               d = \sum_k w_k g_k
 
     A step along d lowers every loss; d = 0 where the parameters are Pareto stationary (so also
-    where one task's gradient is zero). Tasks with small gradients dominate; `normalize` undoes
-    that: the problem is solved on normalised rows and its weights are applied to the *raw* rows.
+    where one gradient is zero, but for an absent task's). Tasks with small gradients dominate;
+    `normalize` undoes that: the problem is solved on normalised rows and its weights are applied to
+    the *raw* rows.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -56,6 +61,6 @@ def mgda(num_tasks: int, *, normalize: str = "none") -> optax.GradientTransforma
             scales = (norms > 0).astype(norms.dtype)
         if normalize in ("loss", "loss+"):
             scales = scales / jacobian.loss_vector()
-        return min_norm_weights(products, scales)
+        return min_norm_weights(products, scales, jacobian.present)
 
     return solved_aggregator(num_tasks, solve)

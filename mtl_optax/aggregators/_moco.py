@@ -1,31 +1,34 @@
 """MoCo: track each task's gradient, and move the weights towards the min-norm point."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.aggregators._simplex_steps import relative_products, simplex_step
+from mtl_optax._numerics import dot
+from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
 from mtl_optax.conditioning import ema_tasks
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class MocoState(NamedTuple):
     """State of the last link of `moco`."""
 
-    weights: jax.Array  # (K,) float32, of the averaged rows in the last update
+    weights: PerTask  # (K,) float32, of the averaged rows in the last update
+    shares: Annotated[PerTask, 1.0]  # (K,) float32, up to a factor where the next update starts
     count: jax.Array  # () int32, updates so far
 
 
 def moco(
     num_tasks: int,
     *,
-    decay: float = 0.5,
-    decay_sigma: float = 0.5,
-    gamma: float = 0.1,
-    gamma_sigma: float = 0.5,
-    rho: float = 0.0,
+    decay: float | jax.Array = 0.5,
+    decay_sigma: float | jax.Array = 0.5,
+    gamma: float | jax.Array = 0.1,
+    gamma_sigma: float | jax.Array = 0.5,
+    rho: float | jax.Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Corrects the bias of stochastic MGDA by tracking the rows.
 
@@ -34,8 +37,9 @@ def moco(
               \lambda\right), \quad d = Y^\top \lambda
 
     with :math:`\beta_t = \beta / t^{\sigma_\beta}` and :math:`\gamma_t` alike, and
-    :math:`\Pi_\Delta` the projection onto the simplex. A chain of `ema_tasks` and the sum with
-    these weights. The state holds K rows.
+    :math:`\Pi_\Delta` the projection onto the simplex of the tasks present; absent ones keep their
+    share of the weights. A chain of `ema_tasks` and the sum with these weights. The state holds K
+    rows.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -84,16 +88,17 @@ def moco(
 def _sum_with_moved_weights(num_tasks, gamma, gamma_sigma, rho):
     def init_fn(params):
         del params
-        even = jnp.ones(num_tasks, jnp.float32) / num_tasks
-        return MocoState(even, jnp.zeros([], jnp.int32))
+        ones = jnp.ones(num_tasks, jnp.float32)
+        return MocoState(ones / num_tasks, ones, jnp.zeros([], jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        products = relative_products(jacobian, jacobian).astype(jnp.float32)
-        slope = jnp.dot(products, state.weights, precision=jax.lax.Precision.HIGHEST)
-        slope = slope + rho * state.weights
-        weights = simplex_step(state.weights, slope, gamma / (state.count + 1.0) ** gamma_sigma)
+        present = jacobian.present
+        w, total = shared_out(state.shares, present)
+        products = relative_products(jacobian, jacobian, present).astype(jnp.float32)
+        step_size = gamma / (state.count + 1.0) ** gamma_sigma
+        weights = simplex_step(w, dot(products, w) + rho * w, step_size, present)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return jacobian.combine(weights), MocoState(weights, count)
+        return jacobian.combine(weights), MocoState(weights, total * weights, count)
 
     return link(init_fn, update_fn, num_tasks)

@@ -1,23 +1,26 @@
 """MoDo: move the weights along an unbiased slope, from two independent batches."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.aggregators._simplex_steps import relative_products, simplex_step
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax._numerics import dot
+from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
+from mtl_optax.links import check_num_tasks, check_option, link, presence
+from mtl_optax.states import PerTask
 
 
 class ModoState(NamedTuple):
     """State of `modo`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: PerTask  # (K,) float32, of the last update
+    shares: Annotated[PerTask, 1.0]  # (K,) float32, up to a factor where the next update starts
 
 
 def modo(
-    num_tasks: int, *, gamma: float = 0.1, rho: float = 0.0
+    num_tasks: int, *, gamma: float | jax.Array = 0.1, rho: float | jax.Array = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Moves the weights towards the min-norm point by double sampling.
 
@@ -30,8 +33,9 @@ def modo(
         tx.update((jac_1, jac_2), opt_state, params)          # the direction from the second
         tx.update((jac_1, jac_2, jac_3), opt_state, params)   # or from a third
 
-    One Jacobian alone serves for all, with the bias. Balancers take one Jacobian, so none may stand
-    before this link where it gets several.
+    A task that is absent from one batch is so from all: the weights move on the simplex of the
+    others, and it keeps its share of them. One Jacobian alone serves for all, with the bias.
+    Balancers take one Jacobian, so none may stand before this link where it gets several.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -71,15 +75,17 @@ def modo(
 
     def init_fn(params):
         del params
-        return ModoState(jnp.ones(num_tasks, jnp.float32) / num_tasks)
+        ones = jnp.ones(num_tasks, jnp.float32)
+        return ModoState(ones / num_tasks, ones)
 
     def update_fn(jacobians, state, **extra_args):
         del extra_args
         first, second, last = batches(jacobians)
-        products = relative_products(first, second).astype(jnp.float32)
-        slope = jnp.dot(products, state.weights, precision=jax.lax.Precision.HIGHEST)
-        weights = simplex_step(state.weights, slope + rho * state.weights, gamma)
-        return last.combine(weights), ModoState(weights)
+        _, present = presence(jacobians)
+        w, total = shared_out(state.shares, present)
+        products = relative_products(first, second, present).astype(jnp.float32)
+        weights = simplex_step(w, dot(products, w) + rho * w, gamma, present)
+        return last.combine(weights), ModoState(weights, total * weights)
 
     return link(init_fn, update_fn, num_tasks, several=True)
 

@@ -1,7 +1,6 @@
 """Nash-MTL: the Nash bargaining solution of the tasks."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -11,7 +10,9 @@ from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 
-def nash_mtl(num_tasks: int, *, max_norm: Any = None) -> optax.GradientTransformationExtraArgs:
+def nash_mtl(
+    num_tasks: int, *, max_norm: float | jax.Array | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the update on which the tasks, bargaining, would agree.
 
     .. math:: d = \sum_k \alpha_k g_k, \quad J J^\top \alpha = 1 / \alpha, \quad \alpha > 0

@@ -1,27 +1,33 @@
 """PCD: follow one primary task, with a guaranteed share of progress for every other."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.links import check_num_tasks, check_option, link, per_task, task_position
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
+from mtl_optax.states import PerTask
 
 
 class PcdState(NamedTuple):
     """State of `pcd`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    mean_norms: jax.Array  # (K,) float32, roots of the averages of squared norms
-    masses: jax.Array  # (K,) float32, how much of that average has been seen, up to 1
+    weights: PerTask  # (K,) float32, of the last update
+    mean_norms: PerTask  # (K,) float32, roots of the averages of squared norms
+    masses: PerTask  # (K,) float32, how much of that average has been seen, up to 1
     fallbacks: jax.Array  # () int32, updates whose constraints could not be met: the primary's row
 
 
 def pcd(
-    num_tasks: int, *, primary: int | str = 0, tau: Any = 0.02, decay: float = 0.999
+    num_tasks: int,
+    *,
+    primary: int | str = 0,
+    tau: TaskOption = 0.02,
+    decay: float | jax.Array = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Bends the primary task's gradient no more than the others' progress requires.
 
@@ -34,7 +40,8 @@ def pcd(
     gradient would make, in units of its average norm. The tasks are not alike: the order and the
     choice of `primary` matter, the scales of the losses do not. Where the constraints contradict
     each other (antiparallel secondaries) the update is the primary's gradient, and `fallbacks`
-    counts it. A primary gradient of 0 gives an update of 0.
+    counts it. A primary gradient of 0 gives an update of 0. While the primary task is absent, the
+    first one present takes its place.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -79,6 +86,7 @@ def pcd(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         first = task_position("primary", primary, jacobian.names)
+        first = jnp.where(jacobian.present[first], first, jnp.argmax(jacobian.present))
         cosines, norms = jacobian.correlation()
         finite = jnp.isfinite(norms)
         mean, mass = state.mean_norms, state.masses

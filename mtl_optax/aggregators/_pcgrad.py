@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax.aggregators._base import random_orders
 from mtl_optax.links import check_key, check_num_tasks, link
+from mtl_optax.states import PerTask
 
 
 class PcgradState(NamedTuple):
     """State of `pcgrad`."""
 
-    weights: jax.Array  # (K,) float32, of the rows in the last update
+    weights: PerTask  # (K,) float32, of the rows in the last update
     key: jax.Array  # typed random key
 
 
@@ -64,18 +66,16 @@ def pcgrad(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExt
         del extra_args
         next_key, order_key = jax.random.split(state.key)
         cosines, norms = jacobian.correlation()
-        weights = _projected_weights(cosines, norms, order_key)
+        weights = _projected_weights(cosines, norms, random_orders(order_key, jacobian.present))
         update = jacobian.combine(weights)
         return update, PcgradState(weights.astype(jnp.float32), next_key)
 
     return link(init_fn, update_fn, num_tasks)
 
 
-def _projected_weights(cosines: jax.Array, norms: jax.Array, key: jax.Array) -> jax.Array:
+def _projected_weights(cosines: jax.Array, norms: jax.Array, orders: jax.Array) -> jax.Array:
     num_tasks = norms.shape[0]
     tasks = jnp.arange(num_tasks)
-    keys = jax.random.split(key, num_tasks)
-    orders = jax.vmap(lambda k: jax.random.permutation(k, num_tasks))(keys)
 
     def project(task, order):
         def off(position, coefficients):

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.links import check_key, check_num_tasks, link
+from mtl_optax.jacobian import Jacobian
+from mtl_optax.links import check_key, check_num_tasks, dealt, link
+from mtl_optax.states import PerTask
 
 
 class RgwState(NamedTuple):
     """State of `rgw`, and of `scale_by_rlw`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: PerTask  # (K,) float32, of the last update
     key: jax.Array  # typed random key
 
 
@@ -22,7 +24,7 @@ def rgw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExtraA
     .. math:: d = \sum_k w_k g_k, \quad w_k = K\,\mathrm{softmax}_k(\epsilon), \quad
               \epsilon_k \sim \mathcal N(0, 1)
 
-    Each weight is 1 on average.
+    Each weight is 1 on average. K counts the tasks present.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -55,14 +57,14 @@ def rgw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExtraA
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        state = draw(state)
+        state = draw(state, jacobian)
         return jacobian.combine(state.weights), state
 
     return link(init_fn, update_fn, num_tasks)
 
 
 def random_weights(num_tasks: int, key: jax.Array):
-    """`init_fn(params)` of weights of 1, and the function from a state to that of a new draw."""
+    """`init_fn(params)` of weights of 1, and the function of a state and a Jacobian that draws."""
     check_num_tasks(num_tasks)
     check_key(key)
 
@@ -70,9 +72,10 @@ def random_weights(num_tasks: int, key: jax.Array):
         del params
         return RgwState(jnp.ones(num_tasks, jnp.float32), key)
 
-    def draw(state):
+    def draw(state: RgwState, jacobian: Jacobian) -> RgwState:
         next_key, draw_key = jax.random.split(state.key)
-        noise = jax.random.normal(draw_key, (num_tasks,), jnp.float32)
-        return RgwState(num_tasks * jax.nn.softmax(noise), next_key)
+        noise = dealt(jax.random.normal(draw_key, (num_tasks,), jnp.float32), jacobian.present)
+        weights = jacobian.num_present * jax.nn.softmax(noise, where=jacobian.present)
+        return RgwState(weights.astype(jnp.float32), next_key)
 
     return init_fn, draw

@@ -1,30 +1,33 @@
 """SDMGrad: a stochastic common descent direction, held near a preferred one."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._numerics import dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._modo import batches
-from mtl_optax.aggregators._simplex_steps import relative_products, simplex_step
-from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
+from mtl_optax.links import check_num_tasks, check_option, link, preference_vector, presence
+from mtl_optax.states import PerTask
 
 
 class SdmgradState(NamedTuple):
     """State of `sdmgrad`."""
 
-    weights: jax.Array  # (K,) float32, of the rows in the last update
-    simplex_weights: jax.Array  # (K,) float32, w, where the next update starts
+    weights: PerTask  # (K,) float32, of the rows in the last update
+    shares: Annotated[PerTask, 1.0]  # (K,) float32, w up to a factor, where the next update starts
 
 
 def sdmgrad(
     num_tasks: int,
     *,
-    pull: float = 0.3,
-    preference: Any = None,
-    learning_rate: float = 1.0,
-    momentum: float = 0.5,
+    pull: float | jax.Array = 0.3,
+    preference: TaskOption | None = None,
+    learning_rate: float | jax.Array = 1.0,
+    momentum: float | jax.Array = 0.5,
     num_steps: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Regularises the min-norm direction towards a preferred one, from independent batches.
@@ -35,12 +38,13 @@ def sdmgrad(
               d = \frac{J_3^\top (w + \lambda \tilde w)}{1 + \lambda}
 
     `update` takes a tuple of Jacobians, one a batch, as `modo` does: two, or a third for the
-    direction. One alone serves for all, with the bias.
+    direction. One alone serves for all, with the bias. Absent tasks are as in `modo`.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
       pull: lambda >= 0, strength of the pull to the preferred direction.
-      preference: w~ >= 0, a tree like the losses; even by default. It is normalised to sum to 1.
+      preference: w~ >= 0, a tree like the losses; even by default. It is normalised to sum to 1
+        over those present.
       learning_rate: eta > 0, of w, relative to the sum of the squared norms of the rows; stable up
         to about 2.
       momentum: mu in [0, 1).
@@ -84,28 +88,27 @@ def sdmgrad(
 
     def init_fn(params):
         del params
-        even = jnp.ones(num_tasks, jnp.float32) / num_tasks
-        return SdmgradState(even, even)
+        ones = jnp.ones(num_tasks, jnp.float32)
+        return SdmgradState(ones / num_tasks, ones)
 
     def update_fn(jacobians, state, **extra_args):
         del extra_args
         first, second, last = batches(jacobians)
-        products = relative_products(first, second).astype(jnp.float32) / num_tasks
-        preferred = jnp.ones(num_tasks, jnp.float32)
-        if preference is not None:
-            preferred = per_task("preference", preference, first).astype(jnp.float32)
-        preferred = preferred / jnp.sum(preferred)
+        _, present = presence(jacobians)
+        num_present = jnp.maximum(jnp.sum(present), 1)
+        start, total = shared_out(state.shares, present)
+        products = relative_products(first, second, present).astype(jnp.float32) / num_present
+        preferred = preference_vector(preference, 1.0, first).astype(jnp.float32)
+        preferred, _ = shared_out(preferred, present)
 
         def move(_, carry):
             w, velocity = carry
             towards = w + pull * preferred
-            slope = jnp.dot(products, towards, precision=jax.lax.Precision.HIGHEST)
-            velocity = momentum * velocity + slope
-            return simplex_step(w, velocity, learning_rate), velocity
+            velocity = momentum * velocity + dot(products, towards)
+            return simplex_step(w, velocity, learning_rate, present), velocity
 
-        start = (state.simplex_weights, jnp.zeros(num_tasks, jnp.float32))
-        w, _ = jax.lax.fori_loop(0, num_steps, move, start)
+        w, _ = jax.lax.fori_loop(0, num_steps, move, (start, jnp.zeros_like(start)))
         weights = (w + pull * preferred) / (1 + pull)
-        return last.combine(weights), SdmgradState(weights, w)
+        return last.combine(weights), SdmgradState(weights, total * w)
 
     return link(init_fn, update_fn, num_tasks, several=True)

@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from mtl_optax._min_norm import project_on_simplex
+from mtl_optax._numerics import divide
 from mtl_optax.jacobian import Jacobian
 
 
-def relative_products(first: Jacobian, second: Jacobian) -> jax.Array:
+def relative_products(first: Jacobian, second: Jacobian, present: jax.Array) -> jax.Array:
     """J J'ᵀ of two batches over the mean product of a task's two norms: of order 1 at any scale.
 
     A step size along it then means the same whatever the units of the losses.
@@ -16,14 +17,26 @@ def relative_products(first: Jacobian, second: Jacobian) -> jax.Array:
     tops = [_or_one(jnp.max(jnp.abs(scales))) for scales in (left, right)]
     left, right = left / tops[0], right / tops[1]
     norms = [jac.norms() / top for jac, top in zip((first, second), tops, strict=True)]
-    return products * (left[:, None] * right[None, :]) / _or_one(jnp.mean(norms[0] * norms[1]))
+    mean = jnp.mean(norms[0] * norms[1], where=present)
+    return products * (left[:, None] * right[None, :]) / _or_one(mean)
 
 
-def simplex_step(weights: jax.Array, slope: jax.Array, step_size: jax.Array | float) -> jax.Array:
+def shared_out(shares: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weights of the tasks present, on their simplex, and what they have of all the shares.
+
+    Those present exchange their shares with one another only: a task that was away finds its own.
+    """
+    total = jnp.sum(shares, where=present)
+    even = (1 / jnp.maximum(jnp.sum(present), 1)).astype(shares.dtype)
+    return jnp.where(present, divide(shares, total, even), 0), total
+
+
+def simplex_step(
+    weights: jax.Array, slope: jax.Array, step_size: jax.Array | float, present: jax.Array
+) -> jax.Array:
     """A projected gradient step on the simplex; the old weights where the slope is not finite."""
-    usable = jnp.all(jnp.isfinite(slope))
-    slope = jnp.where(usable, slope, 0)
-    moved = optax.projections.projection_simplex(weights - step_size * slope)
+    usable = jnp.all(jnp.isfinite(slope) | ~present)
+    moved = project_on_simplex(weights - step_size * jnp.where(usable, slope, 0), present)
     return jnp.where(usable, moved, weights).astype(weights.dtype)
 
 

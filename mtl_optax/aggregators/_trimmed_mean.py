@@ -1,5 +1,8 @@
 """Trimmed mean: average what is left of each entry without its extremes."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -15,6 +18,7 @@ def trimmed_mean(
 
     where :math:`g_{(k)}` is the k-th smallest of the entry. Up to b rows may be anything; a NaN
     counts as largest, and is left out with them. :math:`b = \lfloor (K-1)/2 \rfloor` is the median.
+    K counts the tasks present: of fewer than 2b + 1 it is their median.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -49,7 +53,17 @@ def trimmed_mean(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        middle = lambda rows: jnp.mean(jnp.sort(rows, axis=0)[b : num_tasks - b], axis=0)  # noqa: E731
+        middle = functools.partial(_middle, present=jacobian.present, trim=b)
         return jacobian.reduce(lambda leaves: [middle(rows) for rows in leaves]), state
 
     return link(optax.init_empty_state, update_fn, num_tasks)
+
+
+def _middle(rows: jax.Array, present: jax.Array, trim: int) -> jax.Array:
+    num_present = jnp.sum(present)
+    b = jnp.minimum(trim, (num_present - 1) // 2)
+    column = lambda x: x.reshape(-1, *[1] * (rows.ndim - 1))  # noqa: E731
+    # Absent ones last, among the NaN.
+    ordered = jnp.sort(jnp.where(column(present), rows, jnp.nan), axis=0)
+    rank = column(jnp.arange(len(rows)))
+    return jnp.mean(ordered, axis=0, where=(rank >= b) & (rank < num_present - b))

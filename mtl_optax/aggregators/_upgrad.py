@@ -1,17 +1,17 @@
 """UPGrad: every task gradient freed of conflict on its own, then averaged."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
-from mtl_optax.aggregators._base import check_preference, solved_aggregator
-from mtl_optax.links import preference_vector
+from mtl_optax._typing import TaskOption
+from mtl_optax.aggregators._base import check_preference, shares, solved_aggregator
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 
-def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransformationExtraArgs:
+def upgrad(
+    num_tasks: int, *, preference: TaskOption | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""Projects each row onto the dual cone of all rows, then averages.
 
     .. math:: d = \sum_k p_k \, \pi(g_k), \quad
@@ -30,7 +30,8 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      preference: p, a non-negative number or one a task; None is 1/K.
+      preference: p, a non-negative number or one a task; None is one over the number of tasks
+        present.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like. Its state counts the
@@ -57,9 +58,9 @@ def upgrad(num_tasks: int, *, preference: Any = None) -> optax.GradientTransform
 
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
-        shares = preference_vector(preference, 1 / num_tasks, jacobian).astype(norms.dtype)
+        p = shares(preference, jacobian).astype(norms.dtype)
         solutions = project_on_cosines(cosines)
-        lift = divide(dot(shares * norms, solutions.x), norms)
-        return shares + lift, jnp.all(solutions.converged)
+        lift = divide(dot(p * norms, solutions.x), norms)
+        return p + lift, jnp.all(solutions.converged)
 
     return solved_aggregator(num_tasks, solve)

@@ -15,6 +15,7 @@ from mtl_optax.balancers._pareto import pareto, scale_by_pareto
 from mtl_optax.balancers._pbi import pbi, scale_by_pbi
 from mtl_optax.balancers._relobralo import relobralo, scale_by_relobralo
 from mtl_optax.balancers._rlw import rlw, scale_by_rlw
+from mtl_optax.balancers._scale_invariant import scale_invariant
 from mtl_optax.balancers._softadapt import scale_by_softadapt, softadapt
 from mtl_optax.balancers._stch import scale_by_stch, stch
 from mtl_optax.balancers._uncertainty import scale_by_uncertainty, uncertainty
@@ -59,6 +60,7 @@ __all__ = [
     "scale_by_uncertainty",
     "scale_by_uwso",
     "scale_by_weights",
+    "scale_invariant",
     "softadapt",
     "stch",
     "uncertainty",

@@ -1,6 +1,8 @@
 """What turns a balancer into a whole strategy."""
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -22,8 +24,12 @@ def summed(
 
     name = factory.__name__
     strategy.__name__ = strategy.__qualname__ = name.removeprefix("scale_by_")
-    strategy.__doc__ = (
-        f"`{name}` followed by `sum_tasks()`: a whole strategy, Jacobian in, gradient out.\n\n"
-        f"Arguments, errors and references are those of `{name}`."
+    doc = (inspect.getdoc(factory) or "").replace(
+        "A balancer: Jacobian in, Jacobian out.", "A whole strategy: Jacobian in, gradient out."
     )
+    # The sections start at the margin. The examples are those of the balancer.
+    summary, *sections = re.split(r"\n\n(?=\S)", doc)
+    summary = f"{summary.removesuffix('.')}: `{name}` followed by `sum_tasks()`."
+    sections = [section for section in sections if not section.startswith("Examples:")]
+    strategy.__doc__ = "\n\n".join([summary, *sections])
     return strategy

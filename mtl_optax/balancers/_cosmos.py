@@ -1,34 +1,38 @@
 """COSMOS: a weighted sum that also turns the losses towards a preference ray."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import check_preference, unit_vector
 from mtl_optax.links import check_num_tasks, check_option, link, preference_vector
+from mtl_optax.states import PerTask
 
 
 class CosmosState(NamedTuple):
     """State of `scale_by_cosmos`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    unusable: PerTask  # (K,) int32, updates in which its loss was not finite
 
 
 def scale_by_cosmos(
-    num_tasks: int, *, preference: Any = 1.0, penalty: float = 1.0
+    num_tasks: int, *, preference: TaskOption = 1.0, penalty: float | jax.Array = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task so that their sum descends the COSMOS objective.
 
     .. math:: r^\top L - c \cos(r, L), \quad
               \lambda = r - \frac{c}{\|L\|} \big(\hat r - \cos(r, L)\,\hat L\big)
 
-    with the preference r scaled to sum to 1. A weight can be negative: a loss far below its share
-    is let rise. To learn a whole Pareto front, give each update a preference drawn from a Dirichlet
-    distribution as the extra argument `preference=`, and the model the same one as an input.
+    with the preference r scaled to sum to 1 over the tasks present. A weight can be negative: a
+    loss far below its share is let rise. To learn a whole Pareto front, give each update a
+    preference drawn from a Dirichlet distribution as the extra argument `preference=`, and the
+    model the same one as an input.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -55,7 +59,8 @@ def scale_by_cosmos(
       [0.4774, 0.517]
 
     Differs from:
-      A task whose loss is not finite is left out of the objective; its weight is 0.
+      A task whose loss is not finite is left out of the objective; its weight is 0, and `unusable`
+      counts it.
 
     References:
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
@@ -68,14 +73,15 @@ def scale_by_cosmos(
 
     def init_fn(params):
         del params
-        return CosmosState(jnp.ones(num_tasks, jnp.float32))
+        return CosmosState(jnp.ones(num_tasks, jnp.float32), jnp.zeros(num_tasks, jnp.int32))
 
     def update_fn(jacobian, state, *, preference=None, **extra_args):
-        del state, extra_args
+        del extra_args
         loss = jacobian.loss_vector()
         finite = jnp.isfinite(loss)
         r = preference_vector(preference, usual_preference, jacobian)
-        r = jnp.where(finite, r / jnp.sum(r), 0)
+        r = jnp.where(jacobian.present, r, 0)
+        r = jnp.where(finite, divide(r, jnp.sum(r)), 0)
         ray, _ = unit_vector(r)
         direction, size = unit_vector(jnp.where(finite, loss, 0))
         turn = ray - jnp.sum(ray * direction) * direction
@@ -84,7 +90,8 @@ def scale_by_cosmos(
         # Near 0 losses the turn may overflow, and inf times a gradient of 0 would be NaN.
         largest = jnp.finfo(weights.dtype).max
         weights = jnp.clip(weights, -largest, largest)
-        return jacobian.scale(weights), CosmosState(weights.astype(jnp.float32))
+        unusable = state.unusable + ~finite
+        return jacobian.scale(weights), CosmosState(weights.astype(jnp.float32), unusable)
 
     return link(init_fn, update_fn, num_tasks)
 

@@ -1,13 +1,15 @@
 """CoV weighting: weight a task by how much its relative loss varies."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 # Of the variance of ratios about 1: below it all losses count as constant, and equal.
 _SMALLEST_VARIANCE = 1e-8
@@ -18,14 +20,16 @@ _LARGEST_RATIO = 1e15
 class CovState(NamedTuple):
     """State of `scale_by_cov`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    loss_mean: jax.Array  # (K,) float32, over the finite losses so far
-    ratio_mean: jax.Array  # (K,) float32, of the ratios l
-    ratio_variance: jax.Array  # (K,) float32
-    counts: jax.Array  # (K,) int32, finite losses so far
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    loss_mean: PerTask  # (K,) float32, over the usable losses so far
+    ratio_mean: Annotated[PerTask, 1.0]  # (K,) float32, of the ratios l
+    ratio_variance: PerTask  # (K,) float32
+    counts: PerTask  # (K,) int32, usable losses so far
 
 
-def scale_by_cov(num_tasks: int, *, decay: float = 1.0) -> optax.GradientTransformationExtraArgs:
+def scale_by_cov(
+    num_tasks: int, *, decay: float | jax.Array = 1.0
+) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the coefficient of variation of its loss ratio.
 
     .. math:: \lambda_k = K \frac{c_k}{\sum_j c_j}, \quad c_k = \frac{\sigma(l_k)}{\mu(l_k)}, \quad
@@ -33,7 +37,8 @@ def scale_by_cov(num_tasks: int, *, decay: float = 1.0) -> optax.GradientTransfo
 
     with means and deviations over all steps so far: a loss that no longer varies is as good as
     learned. The weights start at 1 and do not depend on the units of the losses, which should be
-    positive. A loss that is not finite is skipped.
+    positive. A loss that is exactly 0 or not finite is skipped, as if that update had not been for
+    its task.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -81,23 +86,24 @@ def scale_by_cov(num_tasks: int, *, decay: float = 1.0) -> optax.GradientTransfo
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
-        finite = jnp.isfinite(loss)
-        counts = state.counts + finite
+        usable = jnp.isfinite(loss) & (loss != 0)
+        counts = state.counts + usable
         # Welford's recurrences; 1/n until a decaying mean has seen enough to be unbiased.
         pace = jnp.maximum(1 / jnp.maximum(counts, 1), 1 - decay)
-        pace = jnp.where(finite, pace, 0)
+        pace = jnp.where(usable, pace, 0)
 
-        comparable = finite & (state.loss_mean != 0)
+        comparable = usable & (state.loss_mean != 0)
         ratio = jnp.where(comparable, loss, 1) / jnp.where(comparable, state.loss_mean, 1)
         ratio = jnp.clip(ratio, -_LARGEST_RATIO, _LARGEST_RATIO)
         change = ratio - state.ratio_mean
         ratio_mean = state.ratio_mean + pace * change
         ratio_variance = (1 - pace) * (state.ratio_variance + pace * change**2)
-        loss_change = pace * jnp.where(finite, loss, 0) - pace * state.loss_mean
+        loss_change = pace * jnp.where(usable, loss, 0) - pace * state.loss_mean
 
         deviation = jnp.sqrt(ratio_variance + _SMALLEST_VARIANCE)
         variation = deviation / jnp.where(ratio_mean != 0, jnp.abs(ratio_mean), 1)
-        weights = num_tasks * variation / jnp.sum(variation)
+        total = jnp.sum(jnp.where(jacobian.present, variation, 0))
+        weights = divide(jacobian.num_present * variation, total)
         new_state = CovState(
             weights=weights.astype(jnp.float32),
             loss_mean=(state.loss_mean + loss_change).astype(jnp.float32),

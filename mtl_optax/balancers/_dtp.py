@@ -1,13 +1,15 @@
 """Dynamic task priority: weight the tasks that perform poorly."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.states import PerTask
 
 # Keeps log away from 0, and the weight of a solved task from vanishing for good.
 _MARGIN = 1e-6
@@ -16,13 +18,13 @@ _MARGIN = 1e-6
 class DtpState(NamedTuple):
     """State of `scale_by_dtp`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    kpis: jax.Array  # (K,) float32, moving averages, NaN until a KPI is seen
-    invalid: jax.Array  # () int32, KPIs seen that were NaN or outside [0, 1]
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    kpis: Annotated[PerTask, jnp.nan]  # (K,) float32, moving averages, NaN until a KPI is seen
+    invalid: PerTask  # (K,) int32, KPIs seen that were NaN or outside [0, 1]
 
 
 def scale_by_dtp(
-    num_tasks: int, *, gamma: Any = 1.0, decay: float = 0.9
+    num_tasks: int, *, gamma: TaskOption = 1.0, decay: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by how far its performance is from perfect.
 
@@ -32,9 +34,9 @@ def scale_by_dtp(
     :math:`\kappa_k \in [0, 1]` is a key performance indicator such as the accuracy, or for a
     regression the share of predictions within a threshold. It comes with each update as the extra
     argument `kpis=`, a tree like the losses, and is not differentiated. Its average starts at the
-    first one seen. A KPI outside [0, 1] is clamped and counted in the state; NaN is skipped and
-    counted. For the paper's priority among *examples* use the focal losses of `mtl.losses` and
-    `optax.losses.sigmoid_focal_loss`.
+    first one seen. In a JAX array a KPI outside [0, 1] is clamped and counted in the state; NaN is
+    skipped and counted. For the paper's priority among *examples* use the focal losses of
+    `mtl.losses` and `optax.losses.sigmoid_focal_loss`.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -48,8 +50,8 @@ def scale_by_dtp(
 
     Raises:
       TypeError: if `kpis=` is missing.
-      ValueError: if `num_tasks` < 1, `gamma` < 0, `decay` is not in [0, 1), or the losses or
-        KPIs are not K.
+      ValueError: if `num_tasks` < 1, `gamma` < 0, `decay` is not in [0, 1), the losses or KPIs are
+        not K, or a KPI that is a Python or NumPy number is outside [0, 1].
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,7 +76,7 @@ def scale_by_dtp(
         return DtpState(
             weights=jnp.ones(num_tasks, jnp.float32),
             kpis=jnp.full(num_tasks, jnp.nan, jnp.float32),
-            invalid=jnp.zeros([], jnp.int32),
+            invalid=jnp.zeros(num_tasks, jnp.int32),
         )
 
     def update_fn(jacobian, state, *, kpis=None, **extra_args):
@@ -84,6 +86,9 @@ def scale_by_dtp(
                 "dtp got no kpis=, expected a key performance indicator in [0, 1] for each of the "
                 f"tasks {jacobian.names}: call tx.update(jac, opt_state, params, kpis=accuracies)"
             )
+        known = [leaf for leaf in jax.tree.leaves(kpis) if not isinstance(leaf, jax.Array)]
+        inside = lambda k: ~((k < 0) | (k > 1))  # noqa: E731, NaN passes
+        check_option("kpis", known, inside, "in [0, 1]: a share, not percent")
         seen = per_task("kpis", jax.lax.stop_gradient(kpis), jacobian).astype(jnp.float32)
         valid = (seen >= 0) & (seen <= 1)  # False for NaN
         clamped = jnp.clip(seen, 0, 1)
@@ -95,8 +100,7 @@ def scale_by_dtp(
         priority = -((1 - kappa) ** per_task("gamma", gamma, jacobian)) * jnp.log(kappa)
         # A task without any KPI yet keeps the weight that it starts with.
         weights = jnp.where(jnp.isnan(kappa), 1, priority).astype(jnp.float32)
-        invalid = state.invalid + jnp.sum(~valid, dtype=jnp.int32)
-        return jacobian.scale(weights), DtpState(weights, average, invalid)
+        return jacobian.scale(weights), DtpState(weights, average, state.invalid + ~valid)
 
     return link(init_fn, update_fn, num_tasks)
 

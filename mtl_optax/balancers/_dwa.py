@@ -1,33 +1,37 @@
 """Dynamic Weight Average: weight a task by how slowly its loss falls."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import softmax_when
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class DwaState(NamedTuple):
     """State of `scale_by_dwa`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    loss_history: jax.Array  # (2, K) float32, window means, newest first
-    loss_sum: jax.Array  # (K,) float32, over the finite losses of the running window
-    loss_count: jax.Array  # (K,) int32, how many they are
-    count: jax.Array  # () int32, updates so far
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    loss_history: Annotated[PerTask, 1.0]  # (K, 2) float32, window means, newest first
+    loss_sum: PerTask  # (K,) float32, over the finite losses of the running window
+    loss_count: PerTask  # (K,) int32, how many they are
+    count: PerTask  # (K,) int32, updates so far
 
 
 def scale_by_dwa(
-    num_tasks: int, *, temperature: float = 2.0, window: int = 1
+    num_tasks: int, *, temperature: float | jax.Array = 2.0, window: int | jax.Array = 1
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by its recent loss ratio.
 
     .. math:: \lambda_k = K\,\mathrm{softmax}_k(r_k / T), \quad r_k = L_k(t-1) / L_k(t-2)
 
-    where L(t) is the mean loss of window t. The weights are 1 during the first two windows.
+    where L(t) is the mean loss of window t. The weights are 1 during the first two windows. A loss
+    that is not finite is left out of its window; a ratio to 0 counts as 1. A task's windows count
+    the updates in which it is present, and its weight is 1 in its own first two.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -64,17 +68,17 @@ def scale_by_dwa(
         ones = jnp.ones(num_tasks, jnp.float32)
         return DwaState(
             weights=ones,
-            loss_history=jnp.ones((2, num_tasks), jnp.float32),
+            loss_history=jnp.ones((num_tasks, 2), jnp.float32),
             loss_sum=jnp.zeros_like(ones),
             loss_count=jnp.zeros(num_tasks, jnp.int32),
-            count=jnp.zeros([], jnp.int32),
+            count=jnp.zeros(num_tasks, jnp.int32),
         )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
 
-        newest, previous = state.loss_history
+        newest, previous = state.loss_history.T
         mean = state.loss_sum / jnp.maximum(state.loss_count, 1)
         mean = jnp.where(state.loss_count > 0, mean, newest)
         closes = (state.count > 0) & (state.count % window == 0)
@@ -84,13 +88,13 @@ def scale_by_dwa(
 
         ratio = newest / jnp.where(previous != 0, previous, 1)
         ratio = jnp.where((previous != 0) & jnp.isfinite(ratio), ratio, 1)
-        warm = state.count >= 2 * window
-        weights = jnp.where(warm, num_tasks * jax.nn.softmax(ratio / temperature), 1)
+        warm = (state.count >= 2 * window) & jacobian.present
+        weights = softmax_when(warm, warm, ratio / temperature)
 
         finite = jnp.isfinite(loss)
         new_state = DwaState(
             weights=weights,
-            loss_history=jnp.stack([newest, previous]),
+            loss_history=jnp.stack([newest, previous], axis=1),
             loss_sum=loss_sum + jnp.where(finite, loss, 0),
             loss_count=loss_count + finite,
             count=jnp.asarray(optax.safe_increment(state.count)),

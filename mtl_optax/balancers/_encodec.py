@@ -1,32 +1,39 @@
 """The EnCodec balancer: shares of the gradient at the model's output that you choose."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.states import PerTask
 
 
 class EncodecState(NamedTuple):
     """State of `scale_by_encodec`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    norms: jax.Array  # (K,) float32, sums of past norms, each decayed since
-    masses: jax.Array  # (K,) float32, sums of the decays: norms / masses is the average
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    norms: PerTask  # (K,) float32, sums of past norms, each decayed since
+    masses: PerTask  # (K,) float32, sums of the decays: norms / masses is the average
 
 
 def scale_by_encodec(
-    num_tasks: int, *, shares: Any = 1.0, total_norm: float | None = None, decay: float = 0.999
+    num_tasks: int,
+    *,
+    shares: TaskOption = 1.0,
+    total_norm: float | jax.Array | None = None,
+    decay: float | jax.Array = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each task its share of the total gradient norm, whatever the scale of its loss.
 
     .. math:: \lambda_k = R\, \frac{s_k}{\sum_j s_j}\, \frac{1}{\langle\|g_k\|\rangle_\beta}
 
-    where :math:`\langle\cdot\rangle_\beta` is a moving average. The paper measures the norms at the
+    where :math:`\langle\cdot\rangle_\beta` is a moving average, and the sums are over the tasks
+    present. The paper measures the norms at the
     model's output: pass the Jacobian of `value_and_feature_jac(encode_fn, decode_fn)` with the
     output as the features; one backward pass then goes through the model.
 
@@ -75,9 +82,10 @@ def scale_by_encodec(
         finite = jnp.isfinite(new)
         norms = jnp.where(finite, decay * state.norms + new, state.norms)
         masses = jnp.where(finite, decay * state.masses + 1, state.masses)
-        average = norms / jnp.maximum(masses, 1)
+        average = jnp.where(jacobian.present, norms / jnp.maximum(masses, 1), 0)
 
         share = per_task("shares", shares, jacobian).astype(jnp.float32)
+        share = jnp.where(jacobian.present, share, 0)
         share = divide(share, jnp.sum(share), share)
         total = jnp.sum(average) if total_norm is None else total_norm
         weights = jnp.where(average > 0, share * divide(total, average), 1)

@@ -6,21 +6,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import positive_log, softmax_over
+from mtl_optax.balancers._usable import positive_log, softmax_over, step_each
 from mtl_optax.jacobian import flatten_losses
 from mtl_optax.links import check_num_tasks, link, per_task
+from mtl_optax.states import PerTask
 
 
 class FamoState(NamedTuple):
     """State of `scale_by_famo`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    logits: jax.Array  # (K,) float32, xi, that the last update used
-    opt_state: optax.OptState  # of the optimizer of xi
-    gaps: jax.Array  # (K,) float32, losses above min_losses at the last update, 0 if unusable
-    losses_after: jax.Array  # (K,) float32, what observe_losses last brought
+    weights: PerTask  # (K,) float32, of the last update
+    logits: PerTask  # (K,) float32, xi, that the last update used
+    opt_state: PerTask  # of the optimizer of each xi
+    gaps: PerTask  # (K,) float32, losses above min_losses at the last update, 0 if unusable
+    losses_after: PerTask  # (K,) float32, what observe_losses last brought
     observed: jax.Array  # () int32, 1 if it did since the last update
+    unusable: PerTask  # (K,) int32, updates in which its loss was not above min_losses, or infinite
 
     def observe(self, losses_after: Any) -> "FamoState":
         """The state that knows the losses after the last update: see `observe_losses`."""
@@ -37,7 +40,7 @@ def scale_by_famo(
     num_tasks: int,
     *,
     optimizer: optax.GradientTransformation | None = None,
-    min_losses: Any = 0.0,
+    min_losses: TaskOption = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns weights under which all log losses fall equally fast.
 
@@ -55,14 +58,15 @@ def scale_by_famo(
         opt_state = mtl.observe_losses(opt_state, task_losses(params, batch))
 
     The direction does not depend on the unit of any loss. Losses must be above `min_losses`: a
-    task at its minimum, or whose loss is not finite, gets weight 0 while it is, and no say in the
-    step of :math:`\xi`.
+    task at or below its minimum, or whose loss is not finite, gets weight 0 while it is, keeps its
+    :math:`\xi`, and `unusable` counts it. A task that was absent is compared with when it was last
+    present; give NaN for it to `observe_losses`.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      optimizer: updates xi; `chain(add_decayed_weights(1e-3), adam(0.025))` by default, as in the
-        paper, where the decay is coupled and keeps the weights from drifting apart. Where they must
-        go far apart to leave a valley, as on CAGrad's toy problem, use 1e-5.
+      optimizer: updates each xi; `chain(add_decayed_weights(1e-3), adam(0.025))` by default, as in
+        the paper, where the decay is coupled and keeps the weights from drifting apart. Where they
+        must go far apart to leave a valley, as on CAGrad's toy problem, use 1e-5.
       min_losses: the least value that each loss can take, in its unit, one for all tasks or a tree
         like the losses.
 
@@ -102,38 +106,36 @@ def scale_by_famo(
         return FamoState(
             weights=jnp.full(num_tasks, 1 / num_tasks, jnp.float32),
             logits=logits,
-            opt_state=optimizer.init(logits),
+            opt_state=jax.vmap(optimizer.init)(logits),
             gaps=jnp.zeros(num_tasks, jnp.float32),
             losses_after=jnp.zeros(num_tasks, jnp.float32),
             observed=jnp.zeros([], jnp.int32),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
         )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        loss = jacobian.loss_vector()
+        loss, present = jacobian.loss_vector(), jacobian.present
         least = per_task("min_losses", min_losses, jacobian)
         before, was_usable = positive_log(state.gaps)
         observed = jnp.where(state.observed > 0, state.losses_after.astype(loss.dtype), loss)
         after, is_usable = positive_log((observed - least).astype(jnp.float32))
 
-        z = jax.nn.softmax(state.logits)
-        compared = was_usable & is_usable
+        z = softmax_over(present, state.logits, present)
+        compared = was_usable & is_usable & present
         drop = jnp.where(compared, before - after, 0)
         share = jnp.where(compared, z, 0)
         mean_drop = jnp.sum(share * drop) / jnp.maximum(jnp.sum(share), jnp.finfo(z.dtype).tiny)
         # The softmax's Jacobian times the drops, a task without one standing at the others' mean.
         gradient = jnp.where(compared, z * (drop - mean_drop), 0)
-        step, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
         # There is nothing to learn from at the first update: decay and momentum wait too.
-        moves = jnp.any(compared)
-        opt_state = jax.tree.map(
-            lambda new, old: jnp.where(moves, new, old), opt_state, state.opt_state
+        logits, opt_state = step_each(
+            optimizer, state.opt_state, state.logits, gradient, moves=compared
         )
-        logits = jnp.where(moves, state.logits + step, state.logits)
 
         gap = loss - least
         log_gap, usable = positive_log(gap)
-        weights = softmax_over(usable, logits - log_gap)
+        weights = softmax_over(usable & present, logits - log_gap, present)
         new_state = FamoState(
             weights=weights.astype(jnp.float32),
             logits=logits,
@@ -141,6 +143,7 @@ def scale_by_famo(
             gaps=jnp.where(usable, gap, 0).astype(jnp.float32),
             losses_after=jnp.zeros_like(state.losses_after),
             observed=jnp.zeros_like(state.observed),
+            unusable=state.unusable + ~usable,
         )
         return jacobian.scale(weights), new_state
 

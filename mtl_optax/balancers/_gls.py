@@ -1,20 +1,21 @@
 """Geometric loss strategy: descend the geometric mean of the losses."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import bounded_exp, positive_log
 from mtl_optax.links import check_num_tasks, link
+from mtl_optax.states import PerTask
 
 
 class GlsState(NamedTuple):
     """State of `scale_by_gls`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
 
 
 def scale_by_gls(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -25,7 +26,7 @@ def scale_by_gls(num_tasks: int) -> optax.GradientTransformationExtraArgs:
 
     Computed from logarithms: no product under- or overflows. The direction does not depend on the
     unit of any loss. Losses must be positive; a task whose loss is 0 (solved), negative or not
-    finite gets weight 0, and M is the mean of the others.
+    finite gets weight 0 and `unusable` counts it, and M is the mean of the others.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -57,15 +58,16 @@ def scale_by_gls(num_tasks: int) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         del params
-        return GlsState(jnp.ones(num_tasks, jnp.float32))
+        return GlsState(jnp.ones(num_tasks, jnp.float32), jnp.zeros(num_tasks, jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
-        del state, extra_args
+        del extra_args
         log, usable = positive_log(jacobian.loss_vector())
         count = jnp.maximum(jnp.sum(usable), 1).astype(log.dtype)
         weights = bounded_exp(jnp.sum(log) / count - log) / count
         weights = jnp.where(usable, weights, 0)
-        return jacobian.scale(weights), GlsState(weights.astype(jnp.float32))
+        unusable = state.unusable + ~usable
+        return jacobian.scale(weights), GlsState(weights.astype(jnp.float32), unusable)
 
     return link(init_fn, update_fn, num_tasks)
 

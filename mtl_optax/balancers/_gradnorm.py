@@ -1,13 +1,17 @@
 """GradNorm: learn weights that make the tasks train at similar rates."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import step_each
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.states import PerTask
 
 # A weight at 0 would have no gradient norm left to come back with.
 _SMALLEST_WEIGHT = 1e-6
@@ -16,17 +20,18 @@ _SMALLEST_WEIGHT = 1e-6
 class GradnormState(NamedTuple):
     """State of `scale_by_gradnorm`."""
 
-    weights: jax.Array  # (K,) float32, of the next update, positive, sum K
-    initial_losses: jax.Array  # (K,) float32, NaN until a finite loss is seen
-    opt_state: optax.OptState  # of the optimizer of the weights
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the next update, positive, sum K
+    initial_losses: PerTask  # (K,) float32, L(0), 0 until a positive loss is seen
+    opt_state: PerTask  # of the optimizer of each weight
+    unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
 
 
 def scale_by_gradnorm(
     num_tasks: int,
     *,
-    alpha: float = 1.5,
+    alpha: float | jax.Array = 1.5,
     optimizer: optax.GradientTransformation | None = None,
-    initial_losses: Any = None,
+    initial_losses: TaskOption | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Learns weights that bring all weighted gradient norms to a common, rate-adjusted scale.
 
@@ -39,6 +44,10 @@ def scale_by_gradnorm(
     rescaled to sum to K. With frozen norms and :math:`\alpha = 1` it settles at
     :math:`w_k \propto r_k / n_k`.
 
+    Losses must be positive: a task whose loss is 0, negative or not finite has no rate, so it stays
+    out of the means and keeps its weight, as an absent task does, and `unusable` counts it. The
+    weights of the others sum to the rest of K.
+
     The paper measures the norms at the last shared layer: pass it as `gramian_at=` to
     `value_and_jac`, which also makes this cheap.
 
@@ -48,7 +57,7 @@ def scale_by_gradnorm(
         tasks.
       optimizer: updates w; `optax.adam(0.025)` with a tiny `eps` by default, as in the paper.
       initial_losses: L(0), positive, one for all or a tree like the losses, such as log C for a
-        task of C classes; the first finite losses seen by default.
+        task of C classes; each task's first loss that is positive and finite by default.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
@@ -84,29 +93,38 @@ def scale_by_gradnorm(
     def init_fn(params):
         del params
         w = jnp.ones(num_tasks, jnp.float32)
-        return GradnormState(w, jnp.full(num_tasks, jnp.nan, jnp.float32), optimizer.init(w))
+        return GradnormState(
+            weights=w,
+            initial_losses=jnp.zeros(num_tasks, jnp.float32),
+            opt_state=jax.vmap(optimizer.init)(w),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
+        )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
-        given = (
-            loss if initial_losses is None else per_task("initial_losses", initial_losses, jacobian)
-        )
-        initial = jnp.where(jnp.isnan(state.initial_losses), given, state.initial_losses)
-        initial = jnp.where(jnp.isfinite(initial), initial, jnp.nan).astype(jnp.float32)
+        positive = (loss > 0) & jnp.isfinite(loss)
+        first = jnp.where(positive, loss, 0)
+        if initial_losses is not None:
+            first = per_task("initial_losses", initial_losses, jacobian).astype(jnp.float32)
+        initial = jnp.where(state.initial_losses > 0, state.initial_losses, first)
 
         w = state.weights
         norms = jacobian.norms().astype(jnp.float32)
-        usable = jnp.isfinite(norms) & jnp.isfinite(loss) & (initial > 0)
-        progress = jnp.where(usable, jnp.maximum(loss / initial, 0), 0)
+        usable = positive & jnp.isfinite(norms) & (initial > 0)
+        progress = jnp.where(usable, loss / initial, 0)
         rate = progress / _mean(progress, usable)
         weighted = jnp.where(usable, w * norms, 0)
         target = _mean(weighted, usable) * rate**alpha
-        gradient = jnp.where(usable, jnp.sign(weighted - target) * norms, 0)
-        step, opt_state = optimizer.update(gradient, state.opt_state, w)
-        next_w = jnp.maximum(w + step, _SMALLEST_WEIGHT)
-        next_w = num_tasks * next_w / jnp.sum(next_w)
-        return jacobian.scale(w), GradnormState(next_w, initial, opt_state)
+        gradient = jnp.sign(weighted - target) * norms
+        next_w, opt_state = step_each(optimizer, state.opt_state, w, gradient, usable)
+        next_w = jnp.maximum(next_w, _SMALLEST_WEIGHT)
+        # Those that moved share what the others leave of K.
+        room = jnp.maximum(num_tasks - jnp.sum(jnp.where(usable, 0, w)), _SMALLEST_WEIGHT)
+        total = jnp.sum(jnp.where(usable, next_w, 0))
+        next_w = jnp.where(usable, divide(room * next_w, total), w)
+        new_state = GradnormState(next_w, initial, opt_state, state.unusable + ~positive)
+        return jacobian.scale(w), new_state
 
     return link(init_fn, update_fn, num_tasks)
 

@@ -1,6 +1,6 @@
 """IMTL-L: learn a scale for each loss that brings all of them to the same size."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,9 @@ import optax
 
 from mtl_optax.aggregators import imtl_g
 from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import step_each
 from mtl_optax.links import check_num_tasks, link
+from mtl_optax.states import PerTask
 
 # exp(88) is close to the largest float32, and 1 / exp(88) is subnormal.
 _LARGEST_LOG_SCALE = 87.0
@@ -19,9 +21,10 @@ _LARGEST_GRADIENT = 1e18
 class ImtlLState(NamedTuple):
     """State of `scale_by_imtl_l`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    log_scales: jax.Array  # (K,) float32, s, for the next update
-    opt_state: optax.OptState  # of the optimizer of s
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    log_scales: PerTask  # (K,) float32, s, for the next update
+    opt_state: PerTask  # of the optimizer of each s
+    unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
 
 
 def scale_by_imtl_l(
@@ -34,11 +37,12 @@ def scale_by_imtl_l(
     Each s starts at 0 and takes a step of its own optimizer along the closed-form gradient
     :math:`e^s L - 1` after its weight is used. For a fixed L it settles where
     :math:`\lambda L = 1`, so the weighted losses become equal. Losses must be positive: another
-    one leaves its s where it is. Chained with `imtl_g` this is the paper's IMTL.
+    one leaves its s where it is, and `unusable` counts it. Chained with `imtl_g` this is the
+    paper's IMTL.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      optimizer: updates s; `optax.adam(1e-2)` by default.
+      optimizer: updates each s; `optax.adam(1e-2)` by default.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first, then free (about
@@ -70,18 +74,24 @@ def scale_by_imtl_l(
     def init_fn(params):
         del params
         s = jnp.zeros(num_tasks, jnp.float32)
-        return ImtlLState(jnp.ones(num_tasks, jnp.float32), s, optimizer.init(s))
+        return ImtlLState(
+            weights=jnp.ones(num_tasks, jnp.float32),
+            log_scales=s,
+            opt_state=jax.vmap(optimizer.init)(s),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
+        )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
+        usable = (loss > 0) & jnp.isfinite(loss)
         s = state.log_scales
         weights = jnp.exp(s)
         gradient = jnp.minimum(weights * loss - 1, _LARGEST_GRADIENT)
-        gradient = jnp.where((loss > 0) & jnp.isfinite(loss), gradient, 0)
-        step, opt_state = optimizer.update(gradient, state.opt_state, s)
-        next_s = jnp.clip(s + step, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
-        return jacobian.scale(weights), ImtlLState(weights, next_s, opt_state)
+        next_s, opt_state = step_each(optimizer, state.opt_state, s, gradient, usable)
+        next_s = jnp.clip(next_s, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+        new_state = ImtlLState(weights, next_s, opt_state, state.unusable + ~usable)
+        return jacobian.scale(weights), new_state
 
     return link(init_fn, update_fn, num_tasks)
 

@@ -1,6 +1,6 @@
 """Learning-rate annealing for PINNs: bring each term's gradient to the size of the residual's."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,17 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, check_option, link, task_position
+from mtl_optax.states import PerTask
 
 
 class LrAnnealingState(NamedTuple):
     """State of `scale_by_lr_annealing`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
 
 
 def scale_by_lr_annealing(
-    num_tasks: int, *, reference: int | str = 0, decay: float = 0.9
+    num_tasks: int, *, reference: int | str = 0, decay: float | jax.Array = 0.9
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the largest entry of a reference gradient over its own mean entry.
 
@@ -27,8 +28,8 @@ def scale_by_lr_annealing(
               \lambda_r = 1
 
     over the entries i of the shared parameters. The reference r is the PDE residual, the others are
-    boundary, initial and data terms. A ratio that is not finite, or whose divisor is 0, leaves a
-    weight as it was.
+    boundary, initial and data terms. A ratio that is 0, not finite or has the divisor 0 leaves a
+    weight as it was; so all weights are held while the reference is absent or has no gradient.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -80,7 +81,7 @@ def scale_by_lr_annealing(
             size += rows[0].size
         ratio = divide(largest[position], total / max(size, 1), jnp.nan)
         weights = decay * state.weights + (1 - decay) * ratio
-        weights = jnp.where(jnp.isfinite(ratio), weights, state.weights)
+        weights = jnp.where((ratio > 0) & jnp.isfinite(ratio), weights, state.weights)
         weights = jnp.where(jnp.arange(num_tasks) == position, 1, weights).astype(jnp.float32)
         return jacobian.scale(weights), LrAnnealingState(weights)
 

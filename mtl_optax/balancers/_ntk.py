@@ -1,7 +1,7 @@
 """NTK weights: let all the terms of a physics-informed loss converge at one rate."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,14 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, link, per_task
+from mtl_optax.states import PerTask
 
 
 class NtkState(NamedTuple):
     """State of `scale_by_ntk`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    traced: jax.Array  # () int32, 1 once traces were given
 
 
 def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -26,9 +28,10 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
 
     The trace is the mean convergence rate of the residuals :math:`r_k` times their number. It comes
     with each update as the extra argument `ntk_traces=`, a tree like the losses, from `ntk_traces`
-    below (every hundred steps is often enough). Without it the kernel is that of the losses
-    themselves, :math:`\mathrm{tr}\, K_k = \|g_k\|^2`, the diagonal of the Gramian. A task of trace
-    0 keeps weight 1; a trace that is not finite leaves a weight as it was.
+    below. Every hundred steps is often enough: in between the weights are held, at the cost of a
+    plain step. Until the first traces come the kernel is that of the losses themselves,
+    :math:`\mathrm{tr}\, K_k = \|g_k\|^2`, the diagonal of the Gramian. A task of trace 0 keeps
+    weight 1; a trace that is not finite leaves a weight as it was.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -60,23 +63,29 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params):
         del params
-        return NtkState(jnp.ones(num_tasks, jnp.float32))
+        return NtkState(jnp.ones(num_tasks, jnp.float32), jnp.zeros([], jnp.int32))
 
     def update_fn(jacobian, state, *, ntk_traces=None, **extra_args):
         del extra_args
-        if ntk_traces is None:
+
+        def balanced(traces):
+            usable = jnp.isfinite(traces)
+            total = jnp.sum(jnp.where(usable & jacobian.present, traces, 0))
+            weights = jnp.where(usable, divide(total, traces, 1), state.weights)
+            return jnp.minimum(weights, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+
+        def of_the_losses():
             norms = jacobian.norms()
             largest = jnp.max(jnp.where(jnp.isfinite(norms), norms, 0))
             # Ratios before squares, which may leave the range.
-            traces = divide(norms, largest, norms) ** 2
-        else:
-            traces = per_task("ntk_traces", jax.lax.stop_gradient(ntk_traces), jacobian)
-        usable = jnp.isfinite(traces)
-        total = jnp.sum(jnp.where(usable, traces, 0))
-        weights = divide(total, traces, 1)
-        weights = jnp.where(usable, weights, state.weights)
-        weights = jnp.minimum(weights, jnp.finfo(jnp.float32).max).astype(jnp.float32)
-        return jacobian.scale(weights), NtkState(weights)
+            return balanced(divide(norms, largest, norms) ** 2)
+
+        if ntk_traces is None:
+            weights = jax.lax.cond(state.traced > 0, lambda: state.weights, of_the_losses)
+            return jacobian.scale(weights), NtkState(weights, state.traced)
+        traces = per_task("ntk_traces", jax.lax.stop_gradient(ntk_traces), jacobian)
+        weights = balanced(traces)
+        return jacobian.scale(weights), NtkState(weights, jnp.ones_like(state.traced))
 
     return link(init_fn, update_fn, num_tasks)
 

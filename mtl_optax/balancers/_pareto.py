@@ -1,15 +1,18 @@
 """PE-LTR: Pareto-efficient weights above the floors that the business sets."""
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtl_optax._min_norm import min_norm_weights, relative_gramian
+from mtl_optax._min_norm import min_norm_weights, project_on_simplex, relative_gramian
+from mtl_optax._numerics import divide, dot
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_choice, check_num_tasks, check_option, is_traced, link, per_task
+from mtl_optax.states import PerTask
 
 SOLVERS = ("exact", "two_step")
 
@@ -17,12 +20,15 @@ SOLVERS = ("exact", "two_step")
 class ParetoState(NamedTuple):
     """State of `scale_by_pareto`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: PerTask  # (K,) float32, of the last update
     fallbacks: jax.Array  # () int32, updates whose program could not be solved: even weights
 
 
 def scale_by_pareto(
-    num_tasks: int, *, floors: Any = 0.0, solver: str = "exact"
+    num_tasks: int,
+    *,
+    floors: TaskOption = 0.0,
+    solver: Literal["exact", "two_step"] = "exact",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights that make the scalarised gradient shortest, each at least its floor.
 
@@ -30,8 +36,8 @@ def scale_by_pareto(
               \sum_k w_k = 1, \; w_k \ge c_k
 
     The floors c state which tasks matter most. They scalarise the whole loss, so heads are weighted
-    like the trunk. Where the program can't be solved, the room above the floors is shared evenly
-    and `fallbacks` counts it.
+    like the trunk. An absent task's floor is room for the others. Where the program can't be
+    solved, the room above the floors is shared evenly and `fallbacks` counts it.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -78,14 +84,14 @@ def scale_by_pareto(
         c = per_task("floors", floors, jacobian)
         solve = min_norm_weights if solver == "exact" else _two_step
         products, scales = jacobian.scaled_gramian()
-        weights, solved = solve(products, scales, c)
+        weights, solved = solve(products, scales, jacobian.present, c)
         fallbacks = state.fallbacks + ~solved
         return jacobian.scale(weights), ParetoState(weights.astype(jnp.float32), fallbacks)
 
     return link(init_fn, update_fn, num_tasks)
 
 
-def _check_total(floors: Any, num_tasks: int) -> None:
+def _check_total(floors: TaskOption, num_tasks: int) -> None:
     if is_traced(floors):
         return
     leaves = jax.tree.leaves(floors)
@@ -101,20 +107,22 @@ def _check_total(floors: Any, num_tasks: int) -> None:
 
 
 def _two_step(
-    products: jax.Array, scales: jax.Array, floors: jax.Array
+    products: jax.Array, scales: jax.Array, present: jax.Array, floors: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The paper's solver: the stationary point without bounds, then the nearest within them."""
     num_tasks = scales.shape[0]
     gramian = relative_gramian(products, scales)
+    floors = jnp.where(present, floors, 0)
     room = 1 - jnp.sum(floors)
-    ones = jnp.ones((num_tasks, 1), gramian.dtype)
+    ones = present[:, None].astype(gramian.dtype)
     system = jnp.block([[gramian, ones], [ones.T, jnp.zeros((1, 1), gramian.dtype)]])
-    target = jnp.append(-jnp.dot(gramian, floors, precision=jax.lax.Precision.HIGHEST), room)
+    target = jnp.append(-dot(gramian, floors), room)
     # Duplicate or zero rows make the system singular: the least-norm solution treats them alike.
     solution = jnp.linalg.pinv(system, hermitian=True) @ target
-    excess = optax.projections.projection_simplex(solution[:num_tasks], room)
+    excess = project_on_simplex(solution[:num_tasks], present, room)
     solved = jnp.all(jnp.isfinite(excess))
-    return floors + jnp.where(solved, excess, room / num_tasks), solved
+    even = jnp.where(present, divide(room, jnp.sum(present)), 0)
+    return floors + jnp.where(solved, excess, even), solved
 
 
 pareto = summed(scale_by_pareto)

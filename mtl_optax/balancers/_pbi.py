@@ -1,14 +1,16 @@
 """PBI: down along a preference ray, with a penalty for leaving it."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import check_preference, unit_vector
 from mtl_optax.links import check_num_tasks, check_option, link, per_task, preference_vector
+from mtl_optax.states import PerTask
 
 # Off the ray by less than this many machine epsilons is on it: the rest is rounding.
 _ON_RAY = 8
@@ -17,11 +19,16 @@ _ON_RAY = 8
 class PbiState(NamedTuple):
     """State of `scale_by_pbi`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    unusable: PerTask  # (K,) int32, updates in which its loss was not finite
 
 
 def scale_by_pbi(
-    num_tasks: int, *, preference: Any = 1.0, penalty: float = 5.0, reference: Any = 0.0
+    num_tasks: int,
+    *,
+    preference: TaskOption = 1.0,
+    penalty: float | jax.Array = 5.0,
+    reference: TaskOption = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task so that their sum descends a penalty-based boundary intersection.
 
@@ -60,7 +67,8 @@ def scale_by_pbi(
       [0.3536, 1.0607]
 
     Differs from:
-      A task whose loss is not finite is left out of the objective; its weight is 0.
+      A task whose loss is not finite is left out of the objective; its weight is 0, and `unusable`
+      counts it.
 
     References:
       Zhang and Li, `MOEA/D <https://doi.org/10.1109/TEVC.2007.892759>`_, 2007, eq. 5.
@@ -72,19 +80,21 @@ def scale_by_pbi(
 
     def init_fn(params):
         del params
-        return PbiState(jnp.ones(num_tasks, jnp.float32))
+        return PbiState(jnp.ones(num_tasks, jnp.float32), jnp.zeros(num_tasks, jnp.int32))
 
     def update_fn(jacobian, state, *, preference=None, **extra_args):
-        del state, extra_args
+        del extra_args
         gap = jacobian.loss_vector() - per_task("reference", reference, jacobian)
         finite = jnp.isfinite(gap)
+        used = finite & jacobian.present
         r = preference_vector(preference, usual_preference, jacobian)
-        ray, _ = unit_vector(jnp.where(finite, r, 0))
-        direction, _ = unit_vector(jnp.where(finite, gap, 0))
+        ray, _ = unit_vector(jnp.where(used, r, 0))
+        direction, _ = unit_vector(jnp.where(used, gap, 0))
         across, sine = unit_vector(direction - jnp.sum(ray * direction) * ray)
         off_ray = sine > _ON_RAY * jnp.finfo(gap.dtype).eps
         weights = ray + penalty * jnp.where(off_ray, across, 0)
-        return jacobian.scale(weights), PbiState(weights.astype(jnp.float32))
+        unusable = state.unusable + ~finite
+        return jacobian.scale(weights), PbiState(weights.astype(jnp.float32), unusable)
 
     return link(init_fn, update_fn, num_tasks)
 

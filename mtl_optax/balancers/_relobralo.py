@@ -1,6 +1,6 @@
 """ReLoBRaLo: weight a task by its relative loss, with a random look back at the start."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +8,16 @@ import optax
 
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over
-from mtl_optax.links import check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax.links import check_key, check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class RelobraloState(NamedTuple):
     """State of `scale_by_relobralo`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    initial_losses: jax.Array  # (K,) float32, NaN until a finite loss is seen
-    last_losses: jax.Array  # (K,) float32, the same
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    initial_losses: PerTask  # (K,) float32, the first that could be used, 0 before
+    last_losses: PerTask  # (K,) float32, the last one, the same
     key: jax.Array  # typed random key
 
 
@@ -24,9 +25,9 @@ def scale_by_relobralo(
     num_tasks: int,
     *,
     key: jax.Array,
-    decay: float = 0.999,
-    temperature: float = 0.1,
-    rho: float = 0.999,
+    decay: float | jax.Array = 0.999,
+    temperature: float | jax.Array = 0.1,
+    rho: float | jax.Array = 0.999,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the running average of its loss relative to before.
 
@@ -36,8 +37,8 @@ def scale_by_relobralo(
 
     with :math:`b \sim \mathrm{Bernoulli}(\rho)`, one draw for all tasks, so now and then the
     progress since the start is what counts. The weights start at 1. They do not depend on the
-    units of the losses, which should not change sign. A task without a finite, non-zero loss to
-    compare keeps its weight; the others share the rest.
+    units of the losses, which should not change sign. A task that is absent, or has no two losses
+    that are finite and not 0 to compare, keeps its weight; the others share the rest of K.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -78,39 +79,37 @@ def scale_by_relobralo(
         del params
         return RelobraloState(
             weights=jnp.ones(num_tasks, jnp.float32),
-            initial_losses=jnp.full(num_tasks, jnp.nan, jnp.float32),
-            last_losses=jnp.full(num_tasks, jnp.nan, jnp.float32),
+            initial_losses=jnp.zeros(num_tasks, jnp.float32),
+            last_losses=jnp.zeros(num_tasks, jnp.float32),
             key=key,
         )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
+        usable = jnp.isfinite(loss) & (loss != 0) & jacobian.present
+        initial = state.initial_losses
         next_key, draw_key = jax.random.split(state.key)
 
         def balanced(earlier):
-            comparable = jnp.isfinite(loss) & jnp.isfinite(earlier) & (earlier != 0)
+            comparable = usable & (earlier != 0)
             ratio = loss / jnp.where(comparable, earlier, 1)
             room = num_tasks - jnp.sum(jnp.where(comparable, 0, state.weights))
-            share = room * softmax_over(comparable, ratio / temperature)
+            share = jnp.maximum(room, 0) * softmax_over(comparable, ratio / temperature, comparable)
             return jnp.where(comparable, share, state.weights)
 
         stays = jax.random.bernoulli(draw_key, jnp.asarray(rho, jnp.float32))
-        past = jnp.where(stays, state.weights, balanced(state.initial_losses))
+        past = jnp.where(stays, state.weights, balanced(initial))
         weights = decay * past + (1 - decay) * balanced(state.last_losses)
         new_state = RelobraloState(
             weights=weights.astype(jnp.float32),
-            initial_losses=keep_finite(state.initial_losses, _finite_or_nan(loss)),
-            last_losses=keep_finite(loss, state.last_losses),
+            initial_losses=jnp.where(usable & (initial == 0), loss, initial),
+            last_losses=jnp.where(usable, loss, state.last_losses),
             key=next_key,
         )
         return jacobian.scale(weights), new_state
 
     return link(init_fn, update_fn, num_tasks)
-
-
-def _finite_or_nan(loss: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(loss), loss, jnp.nan)
 
 
 relobralo = summed(scale_by_relobralo)

@@ -13,7 +13,7 @@ def scale_by_rlw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformat
 
     .. math:: \lambda_k = K\,\mathrm{softmax}_k(\epsilon), \quad \epsilon_k \sim \mathcal N(0, 1)
 
-    Each weight is 1 on average.
+    Each weight is 1 on average. K counts the tasks present.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -46,7 +46,7 @@ def scale_by_rlw(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformat
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        state = draw(state)
+        state = draw(state, jacobian)
         return jacobian.scale(state.weights), state
 
     return link(init_fn, update_fn, num_tasks)

@@ -1,6 +1,6 @@
 """SoftAdapt: weight a task by how fast its loss rises."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +8,28 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import positive_log, softmax_over
+from mtl_optax.balancers._usable import positive_log, softmax_when
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class SoftadaptState(NamedTuple):
     """State of `scale_by_softadapt`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    losses: jax.Array  # (K,) float32, means of the last window, NaN until a finite loss is seen
-    loss_sum: jax.Array  # (K,) float32, over the finite losses of the running window
-    loss_count: jax.Array  # (K,) int32, how many they are
-    count: jax.Array  # () int32, updates so far
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    losses: Annotated[PerTask, jnp.nan]  # (K,) float32, means of the last window, NaN before
+    rates: PerTask  # (K,) float32, by how much they exceed those of the window before, 0 before
+    loss_sum: PerTask  # (K,) float32, over the finite losses of the running window
+    loss_count: PerTask  # (K,) int32, how many they are
+    count: PerTask  # (K,) int32, updates so far
+    unusable: PerTask  # (K,) int32, updates in which L(t) was not positive and left it no weight
 
 
 def scale_by_softadapt(
     num_tasks: int,
     *,
-    beta: float = 0.1,
-    window: int = 1,
+    beta: float | jax.Array = 0.1,
+    window: int | jax.Array = 1,
     normalize: bool = False,
     loss_weighted: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -36,7 +39,9 @@ def scale_by_softadapt(
               s_k = L_k(t) - L_k(t-1)
 
     where L(t) is the mean loss of window t, the current step included, and f is 1, or L(t) for
-    `loss_weighted`. The weights are 1 during the first window and then change once a window.
+    `loss_weighted`. The weights are 1 during the first window and then change once a window. A loss
+    that is not finite is left out of its window. A task's windows count the updates in which it is
+    present, and its weight is 1 until it has two.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -45,8 +50,8 @@ def scale_by_softadapt(
       window: steps averaged into one L(t); larger for noisier losses.
       normalize: whether to divide the rates by the sum of their magnitudes, so that neither the
         unit nor the learning rate matters.
-      loss_weighted: whether large losses get more weight too; a task whose loss is not positive
-        then gets none.
+      loss_weighted: whether large losses get more weight too; a task whose L(t) is not positive
+        then gets none, and `unusable` counts it.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
@@ -82,9 +87,11 @@ def scale_by_softadapt(
         return SoftadaptState(
             weights=ones,
             losses=jnp.full_like(ones, jnp.nan),
+            rates=jnp.zeros_like(ones),
             loss_sum=jnp.zeros_like(ones),
             loss_count=jnp.zeros(num_tasks, jnp.int32),
-            count=jnp.zeros([], jnp.int32),
+            count=jnp.zeros(num_tasks, jnp.int32),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
         )
 
     def update_fn(jacobian, state, **extra_args):
@@ -99,24 +106,31 @@ def scale_by_softadapt(
         mean = loss_sum / jnp.maximum(loss_count, 1)
         # Large losses may sum to inf.
         mean = jnp.where((loss_count > 0) & jnp.isfinite(mean), mean, state.losses)
-        rate = mean - state.losses
-        rate = jnp.where(jnp.isfinite(rate), rate, 0)
+        change = mean - state.losses
+        change = jnp.where(jnp.isfinite(change), change, 0)
+        losses = jnp.where(closes, mean, state.losses)
+        rates = jnp.where(closes, change, state.rates)
+
+        ready = (count >= 2 * window) & jacobian.present
+        rate, usable = rates, ready
         if normalize:
+            rate = jnp.where(ready, rate, 0)
             rate = divide(rate, jnp.max(jnp.abs(rate)))
             rate = rate / jnp.maximum(jnp.sum(jnp.abs(rate)), 1)
-        logits, usable = beta * rate, jnp.ones(num_tasks, bool)
+        logits = beta * rate
         if loss_weighted:
-            log, usable = positive_log(mean)
+            log, usable = positive_log(losses)
             logits = logits + log
-        adapts = closes & (count >= 2 * window)
-        weights = jnp.where(adapts, num_tasks * softmax_over(usable, logits), state.weights)
+        weights = softmax_when(ready, usable, logits)
 
         new_state = SoftadaptState(
             weights=weights.astype(jnp.float32),
-            losses=jnp.where(closes, mean, state.losses),
+            losses=losses,
+            rates=rates,
             loss_sum=jnp.where(closes, 0, loss_sum),
             loss_count=jnp.where(closes, 0, loss_count),
             count=count,
+            unusable=state.unusable + (ready & ~usable),
         )
         return jacobian.scale(weights), new_state
 

@@ -1,17 +1,19 @@
 """Smooth Tchebycheff scalarisation: descend a smooth maximum of the losses."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import (
     bounded_exp,
     check_preference,
     positive_log,
     softmax_over,
+    softmax_when,
 )
 from mtl_optax.links import (
     check_choice,
@@ -22,6 +24,7 @@ from mtl_optax.links import (
     per_task,
     preference_vector,
 )
+from mtl_optax.states import PerTask
 
 KINDS = ("plain", "log")
 
@@ -29,22 +32,23 @@ KINDS = ("plain", "log")
 class StchState(NamedTuple):
     """State of `scale_by_stch`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    nadir: jax.Array  # (K,) float32, means of the positive losses of the window, 0 before
-    nadir_count: jax.Array  # (K,) int32, how many they are
-    count: jax.Array  # () int32, updates so far
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    nadir: PerTask  # (K,) float32, means of the positive losses of the window, 0 before
+    nadir_count: PerTask  # (K,) int32, how many they are
+    count: PerTask  # (K,) int32, updates so far
+    unusable: PerTask  # (K,) int32, updates in which its loss could not be used
 
 
 def scale_by_stch(
     num_tasks: int,
     *,
-    mu: float = 0.1,
-    preference: Any = 1.0,
-    reference: Any = 0.0,
-    kind: str = "plain",
-    nadir: Any = None,
-    warmup: int = 1,
-    window: int = 1,
+    mu: float | jax.Array = 0.1,
+    preference: TaskOption = 1.0,
+    reference: TaskOption = 0.0,
+    kind: Literal["plain", "log"] = "plain",
+    nadir: TaskOption | None = None,
+    warmup: int | jax.Array = 1,
+    window: int | jax.Array = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task so that their sum descends a smooth maximum of the losses.
 
@@ -58,7 +62,11 @@ def scale_by_stch(
     :math:`p_k f_k` are equal.
 
     The nadir n of `"log"` makes S free of the units of the losses. Unless given it is the mean of
-    each loss over the last `window` steps of a warm-up, during which the sum of log L is descended.
+    each loss over the last `window` steps of a warm-up, during which the sum of log L is descended;
+    each task warms up in the first updates in which it is present.
+
+    A task whose loss is not finite (for `"log"`: or not positive) gets weight 0, and `unusable`
+    counts it.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -93,7 +101,7 @@ def scale_by_stch(
 
     Differs from:
       The paper's S has no factor K, and its preferences sum to 1: 1/K for all at its mu is 1 for
-      all at K mu. A loss that is not finite (for `"log"`: or not positive) gets weight 0.
+      all at K mu.
 
     References:
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
@@ -120,16 +128,19 @@ def scale_by_stch(
             weights=jnp.ones(num_tasks, jnp.float32),
             nadir=jnp.zeros(num_tasks, jnp.float32),
             nadir_count=jnp.zeros(num_tasks, jnp.int32),
-            count=jnp.zeros([], jnp.int32),
+            count=jnp.zeros(num_tasks, jnp.int32),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
         )
 
     def update_fn(jacobian, state, *, preference=None, **extra_args):
         del extra_args
         p = preference_vector(preference, usual_preference, jacobian)
-        loss = jacobian.loss_vector()
+        loss, present = jacobian.loss_vector(), jacobian.present
         if kind == "plain":
             gap = loss - per_task("reference", reference, jacobian)
-            weights = num_tasks * p * softmax_over(jnp.isfinite(gap), p * gap / mu)
+            usable = jnp.isfinite(gap)
+            share = softmax_over(usable & present, p * gap / mu, present)
+            weights = jacobian.num_present * p * share
         else:
             log, usable = positive_log(loss)
             state = _with_nadir(state, loss, usable)
@@ -138,12 +149,12 @@ def scale_by_stch(
                 warm = state.count >= warmup
             else:
                 log_nadir, warm = jnp.log(per_task("nadir", nadir, jacobian)), True
-            share = softmax_over(usable, p * (log - log_nadir) / mu)
-            factor = jnp.where(warm, num_tasks * p * share, 1)
+            share = softmax_when(warm & present, usable, p * (log - log_nadir) / mu)
+            factor = jnp.where(warm, p * share, 1)
             weights = jnp.where(usable, bounded_exp(jnp.log(factor) - log), 0)
         count = jnp.asarray(optax.safe_increment(state.count))
         return jacobian.scale(weights), state._replace(
-            weights=weights.astype(jnp.float32), count=count
+            weights=weights.astype(jnp.float32), count=count, unusable=state.unusable + ~usable
         )
 
     def _with_nadir(state, loss, usable):

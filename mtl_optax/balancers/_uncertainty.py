@@ -1,31 +1,41 @@
 """Uncertainty weighting: learn each task's noise, and weight by its inverse."""
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import step_each
 from mtl_optax.links import check_choice, check_num_tasks, link, per_task_leaves
+from mtl_optax.states import PerTask
 
+Kind = Literal["regression", "classification"]
 KINDS = ("regression", "classification")
 REGULARIZERS = ("log", "log1p")
+# Of a variance or its inverse: further out one task alone would be left.
+_LARGEST = 1e12
+# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
+_LARGEST_GRADIENT = 1e18
 
 
 class UncertaintyState(NamedTuple):
     """State of `scale_by_uncertainty`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
-    log_variances: jax.Array  # (K,) float32, s = log sigma^2, for the next update
-    opt_state: optax.OptState  # of the optimizer of s
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    log_variances: PerTask  # (K,) float32, s = log sigma^2, for the next update
+    opt_state: PerTask  # of the optimizer of each s
+    unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
 
 
 def scale_by_uncertainty(
     num_tasks: int,
     *,
-    kind: Any = "regression",
-    regularizer: str = "log",
+    kind: Kind | Sequence[Kind] | Mapping[str, Kind] = "regression",
+    regularizer: Literal["log", "log1p"] = "log",
     optimizer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the inverse of a learned noise variance.
@@ -38,11 +48,15 @@ def scale_by_uncertainty(
     :math:`R'(s) - c e^{-s} L` after its weight is used. For a fixed L, `"log"` settles where
     :math:`\lambda L = 1/2`: a large loss gets a small weight.
 
+    Losses must be positive: where one is 0, negative or not finite, no s is its optimum, so its s
+    and its weight stay as they are, and `unusable` counts it. :math:`e^s` is kept within 1e-12 and
+    1e12.
+
     Args:
       num_tasks: number of tasks K; static, at least 1.
       kind: `"regression"` or `"classification"`, for all tasks or a tree like the losses.
       regularizer: `"log"` is Kendall's, whose total can go negative; `"log1p"` stays positive.
-      optimizer: updates s; `optax.adam(1e-2)` by default.
+      optimizer: updates each s; `optax.adam(1e-2)` by default.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first (1/2 for regression),
@@ -62,7 +76,7 @@ def scale_by_uncertainty(
 
     Differs from:
       The paper trains s with the model's optimizer; here its step is free of the model's learning
-      rate and weight decay.
+      rate and weight decay. There a loss of 0 or less lets the weight grow without end.
 
     References:
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses
@@ -77,20 +91,27 @@ def scale_by_uncertainty(
     def init_fn(params):
         del params
         s = jnp.zeros(num_tasks, jnp.float32)
-        return UncertaintyState(jnp.ones(num_tasks, jnp.float32), s, optimizer.init(s))
+        return UncertaintyState(
+            weights=jnp.ones(num_tasks, jnp.float32),
+            log_variances=s,
+            opt_state=jax.vmap(optimizer.init)(s),
+            unusable=jnp.zeros(num_tasks, jnp.int32),
+        )
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         kinds = per_task_leaves("kind", kind, jacobian)
         factors = jnp.array([0.5 if k == "regression" else 1.0 for k in kinds], jnp.float32)
+        loss = jacobian.loss_vector().astype(jnp.float32)
+        usable = (loss > 0) & jnp.isfinite(loss)
         s = state.log_variances
         weights = factors * jnp.exp(-s)
         slope = jnp.full_like(s, 0.5) if regularizer == "log" else jax.nn.sigmoid(s)
-        gradient = slope - weights * jacobian.loss_vector().astype(jnp.float32)
-        # Squares beyond float32 would freeze an adaptive optimizer's second moment at inf.
-        gradient = jnp.clip(jnp.where(jnp.isfinite(gradient), gradient, 0), -1e18, 1e18)
-        step, opt_state = optimizer.update(gradient, state.opt_state, s)
-        new_state = UncertaintyState(weights, s + step, opt_state)
+        gradient = jnp.maximum(slope - weights * loss, -_LARGEST_GRADIENT)
+        next_s, opt_state = step_each(optimizer, state.opt_state, s, gradient, usable)
+        limit = math.log(_LARGEST)
+        next_s = jnp.clip(next_s, -limit, limit)
+        new_state = UncertaintyState(weights, next_s, opt_state, state.unusable + ~usable)
         return jacobian.scale(weights), new_state
 
     return link(init_fn, update_fn, num_tasks)

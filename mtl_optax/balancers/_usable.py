@@ -1,4 +1,4 @@
-"""What loss-only balancers share: weights over the tasks whose losses can be used."""
+"""What balancers share: weights over the tasks whose losses can be used, and learned ones."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from mtl_optax._numerics import divide, power_of_two
 from mtl_optax.links import check_option, is_traced
@@ -35,11 +36,38 @@ def bounded_exp(x: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.exp(x), jnp.finfo(x.dtype).max)
 
 
-def softmax_over(usable: jax.Array, logits: jax.Array) -> jax.Array:
-    """Softmax over the usable tasks, 0 elsewhere; even over all tasks where none is usable."""
+def softmax_over(usable: jax.Array, logits: jax.Array, others: jax.Array) -> jax.Array:
+    """Softmax over the usable tasks, 0 elsewhere; even over the `others` where none is usable."""
     largest = jnp.finfo(logits.dtype).max
     logits = jnp.where(usable, jnp.clip(logits, -largest, largest), -jnp.inf)
-    return jnp.where(jnp.any(usable), jax.nn.softmax(logits), 1 / logits.size)
+    even = others / jnp.maximum(jnp.sum(others), 1).astype(logits.dtype)
+    return jnp.where(jnp.any(usable), jax.nn.softmax(logits), even)
+
+
+def softmax_when(ready: jax.Array, usable: jax.Array, logits: jax.Array) -> jax.Array:
+    """Weights of 1 until a task is ready; those that are share their number, if they are usable."""
+    weights = jnp.sum(ready) * softmax_over(usable & ready, logits, ready)
+    return jnp.where(ready, weights, 1)
+
+
+def step_each(
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
+    values: jax.Array,
+    gradients: jax.Array,
+    moves: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """One step of each task's number by an optimizer of its own, where it moves at all.
+
+    The state is `jax.vmap(optimizer.init)(values)` at first. Returns the new values and state.
+    """
+
+    def step(opt_state, value, gradient, moves):
+        update, new_state = optimizer.update(gradient, opt_state, value)
+        new, old = (value + update, new_state), (value, opt_state)
+        return jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, old)
+
+    return jax.vmap(step)(opt_state, values, gradients, moves)
 
 
 def check_preference(preference: Any) -> None:

@@ -1,30 +1,34 @@
 """UW-SO: uncertainty weighting with its optimum in closed form, tempered by a softmax."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.balancers._base import summed
+from mtl_optax.balancers._usable import positive_log, softmax_over
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerTask
 
 
 class UwsoState(NamedTuple):
     """State of `scale_by_uwso`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
 
 
 def scale_by_uwso(
-    num_tasks: int, *, temperature: float = 1.0
+    num_tasks: int, *, temperature: float | jax.Array = 1.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the softmax of its inverse loss.
 
     .. math:: \lambda_k = K\,\mathrm{softmax}_k\!\left(\frac{1}{T\,L_k}\right)
 
     :math:`1/L` is where uncertainty weighting would settle if L stood still. Losses must be
-    positive; one that is not finite gets weight 0, and the others share K.
+    positive: a task whose loss is 0, negative or not finite gets weight 0 and `unusable` counts it,
+    while the others share K. Where no loss is positive, all that are finite weigh the same.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -46,7 +50,8 @@ def scale_by_uwso(
       [1.1244, 0.8756]
 
     Differs from:
-      The paper's weights sum to 1; here to K, so that the learning rate keeps its meaning.
+      The paper's weights sum to 1; here to K, so that the learning rate keeps its meaning. Its
+      softmax would give all of that to a loss of exactly 0.
 
     References:
       Kirchdorfer et al., `Analytical Uncertainty-Based Loss Weighting in Multi-Task Learning
@@ -57,17 +62,16 @@ def scale_by_uwso(
 
     def init_fn(params):
         del params
-        return UwsoState(jnp.ones(num_tasks, jnp.float32))
+        return UwsoState(jnp.ones(num_tasks, jnp.float32), jnp.zeros(num_tasks, jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
-        del state, extra_args
-        loss = jacobian.loss_vector()
-        # A loss of 0 would make inf - inf in the softmax; the largest float does what inf means.
-        logits = jnp.minimum(1 / (temperature * loss), jnp.finfo(loss.dtype).max)
-        logits = jnp.where(jnp.isfinite(loss), logits, -jnp.inf)
-        # All -inf when no loss is finite.
-        weights = jnp.nan_to_num(num_tasks * jax.nn.softmax(logits))
-        return jacobian.scale(weights), UwsoState(weights.astype(jnp.float32))
+        del extra_args
+        loss, present = jacobian.loss_vector(), jacobian.present
+        _, usable = positive_log(loss)
+        share = softmax_over(usable, 1 / (temperature * loss), jnp.isfinite(loss) & present)
+        weights = jacobian.num_present * share
+        unusable = state.unusable + ~usable
+        return jacobian.scale(weights), UwsoState(weights.astype(jnp.float32), unusable)
 
     return link(init_fn, update_fn, num_tasks)
 

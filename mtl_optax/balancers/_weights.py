@@ -1,26 +1,28 @@
 """Weights that the user chooses, fixed or on a schedule."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import flatten_losses
 from mtl_optax.links import link, per_task
+from mtl_optax.states import PerTask
 
 
 class WeightsState(NamedTuple):
     """State of `scale_by_weights`."""
 
-    weights: jax.Array  # (K,) float32, of the last update
+    weights: PerTask  # (K,) float32, of the last update
     count: jax.Array  # () int32, updates so far
 
 
 def scale_by_weights(
-    weights: Any | Callable[[jax.Array], Any],
+    weights: TaskOption | Callable[[jax.Array], TaskOption],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by a given number.
 

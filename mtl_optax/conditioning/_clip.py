@@ -1,15 +1,14 @@
 """Clipping a task at a time, so that no task drowns the others."""
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._typing import TaskOption
 from mtl_optax.links import check_option, link, per_task
 
 
-def clip_tasks(max_norm: Any) -> optax.GradientTransformationExtraArgs:
+def clip_tasks(max_norm: TaskOption) -> optax.GradientTransformationExtraArgs:
     r"""Scales each row down to at most a norm.
 
     .. math:: g_k \to g_k \min(1, c_k / \|g_k\|)

@@ -2,19 +2,17 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.jacobian import unflatten_losses
 from mtl_optax.links import check_num_tasks, link
+from mtl_optax.states import PerTask
 
 
 class DropNonfiniteTasksState(NamedTuple):
     """State of `drop_nonfinite_tasks`."""
 
-    last_losses: jax.Array  # (K,) float32, the last kept ones, 1 until one is seen
-    dropped: jax.Array  # (K,) int32, updates in which the task was dropped
+    dropped: PerTask  # (K,) int32, updates in which the task was dropped
 
 
 def drop_nonfinite_tasks(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -22,18 +20,16 @@ def drop_nonfinite_tasks(num_tasks: int) -> optax.GradientTransformationExtraArg
 
     .. math:: g_k \to 0 \quad \text{where } L_k \text{ or an entry of } g_k \text{ is not finite}
 
-    The row becomes exactly 0, which a weight of 0 does not do (0 * NaN = NaN), so nothing of it
-    reaches the trunk, the other heads or the state of what follows; the task's own head stands
-    still. Its loss becomes the last finite one (1 before any), a constant, whose gradient is 0
-    indeed: ratios and logarithms that later links take of it stay harmless. Put it first in the
-    chain.
+    It finds such tasks and marks them absent, as `present=` would: every link behind it does what
+    it would do for the other tasks alone, and holds what it knows of this one; the task's own head
+    stands still. A weight of 0 does not do that (0 * NaN = NaN). Put it first in the chain.
 
     It needs to tell rows apart: give it the Jacobian of `value_and_jac` (`rows="isolated"` or not,
     each loss is then differentiated alone). A `jax.jacrev` tree may have let the NaN into all rows
     already; then all are dropped. Losses computed as one array share a backward pass, and with it
     their NaN.
 
-    While all is finite it stays lazy and costs one backward pass; otherwise K.
+    It costs one backward pass while all is finite; otherwise K.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -58,15 +54,11 @@ def drop_nonfinite_tasks(num_tasks: int) -> optax.GradientTransformationExtraArg
 
     def init_fn(params):
         del params
-        ones = jnp.ones(num_tasks, jnp.float32)
-        return DropNonfiniteTasksState(ones, jnp.zeros(num_tasks, jnp.int32))
+        return DropNonfiniteTasksState(jnp.zeros(num_tasks, jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         finite = jacobian.finite_tasks()
-        loss = jnp.where(finite, jacobian.loss_vector(), state.last_losses)
-        kept = jacobian.keep(finite, losses=unflatten_losses(loss, jacobian.losses))
-        dropped = state.dropped + (~finite).astype(jnp.int32)
-        return kept, DropNonfiniteTasksState(loss.astype(jnp.float32), dropped)
+        return jacobian.keep(finite), DropNonfiniteTasksState(state.dropped + ~finite)
 
     return link(init_fn, update_fn, num_tasks)

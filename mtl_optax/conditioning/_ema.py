@@ -1,20 +1,22 @@
 """Moving averages of the rows: less noise before the tasks are weighed against each other."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.jacobian._rows import scale_rows
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.states import PerTask
 
 
 class EmaTasksState(NamedTuple):
     """State of `ema_tasks`."""
 
-    rows: Any  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
-    decay_product: jax.Array  # () float32, of all decays so far: the weight of the first zeros
+    rows: PerTask  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
+    decay_products: Annotated[PerTask, 1.0]  # (K,) float32, of all decays, the weight of the 0s
     count: jax.Array  # () int32, updates so far
 
 
@@ -28,7 +30,8 @@ def ema_tasks(
 
     As `optax.ema` does to one gradient, so that followed by `sum_tasks()` it is `sum_tasks()`
     followed by `optax.ema`. The losses stay those of the moment. An entry that is not finite leaves
-    its average as it was. The state holds K rows, heads included: K times the parameters.
+    its average as it was, and so does an absent task, whose row is then 0. The state holds K rows,
+    heads included: K times the parameters.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -61,7 +64,7 @@ def ema_tasks(
     def init_fn(params):
         return EmaTasksState(
             rows=task_zeros(num_tasks, params),
-            decay_product=jnp.ones([], jnp.float32),
+            decay_products=jnp.ones(num_tasks, jnp.float32),
             count=jnp.zeros([], jnp.int32),
         )
 
@@ -74,11 +77,13 @@ def ema_tasks(
             keep_finite(beta * m + (1 - beta) * row, m).astype(m.dtype)
             for m, row in zip(averages, rows, strict=True)
         ]
-        product = state.decay_product * beta
-        weight = 1 - product if debias else 1.0
-        shown = [(m / weight).astype(row.dtype) for m, row in zip(averages, rows, strict=True)]
+        products = state.decay_products * beta
+        weight = 1 / (1 - products) if debias else jnp.ones_like(products)
+        shown = [
+            scale_rows(m, weight).astype(row.dtype) for m, row in zip(averages, rows, strict=True)
+        ]
         count = jnp.asarray(optax.safe_increment(state.count))
-        new_state = EmaTasksState(treedef.unflatten(averages), product, count)
+        new_state = EmaTasksState(treedef.unflatten(averages), products, count)
         return jacobian.replace_rows(shown), new_state
 
     return link(init_fn, update_fn, num_tasks)

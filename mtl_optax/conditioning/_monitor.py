@@ -2,20 +2,20 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.states import PerPair, PerTask
 
 
 class MonitorTasksState(NamedTuple):
     """State of `monitor_tasks`."""
 
-    cosine: jax.Array  # (K, K) float32, between the rows of the last update
-    norm: jax.Array  # (K,) float32, of the rows of the last update
-    conflict_rate: jax.Array  # (K, K) float32, running share of the updates with cosine < 0
-    count: jax.Array  # () int32, updates so far
+    cosine: PerPair  # (K, K) float32, between the rows of the last update
+    norm: PerTask  # (K,) float32, of the rows of the last update
+    conflict_rate: PerPair  # (K, K) float32, running share of the updates with cosine < 0
+    count: PerPair  # (K, K) int32, updates with both tasks so far
 
 
 def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTransformationExtraArgs:
@@ -28,6 +28,7 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
     :math:`1/(1-\beta)` updates. `mtl.summarize(opt_state, names)` makes of the state
     `"cosine/a-b"`, `"norm/a"` and `"conflict_rate/a-b"`. It needs the Gramian, K backward passes,
     which an aggregator behind it that needs it too then has for free. A zero row has cosines of 0.
+    Of an absent task nothing is recorded; t counts the updates in which both took part.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -47,7 +48,7 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
       >>> tx = mtl.monitor_tasks(num_tasks=2)
       >>> jac, state = tx.update(jac, tx.init(jnp.zeros(2)))
       >>> {k: round(float(v), 2) for k, v in mtl.summarize(state, jac.names).items()}
-      {'cosine/a-b': 0.28, 'norm/a': 5.0, 'norm/b': 5.0, 'conflict_rate/a-b': 0.0, 'count': 1.0}
+      {'cosine/a-b': 0.28, 'norm/a': 5.0, 'norm/b': 5.0, 'conflict_rate/a-b': 0.0, 'count/a-b': 1.0}
     """
     check_num_tasks(num_tasks)
     check_option("decay", decay, lambda b: (b >= 0) & (b <= 1), "in [0, 1]")
@@ -56,12 +57,12 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
         del params
         square = jnp.zeros((num_tasks, num_tasks), jnp.float32)
         norm = jnp.zeros(num_tasks, jnp.float32)
-        return MonitorTasksState(square, norm, square, jnp.zeros([], jnp.int32))
+        return MonitorTasksState(square, norm, square, jnp.zeros_like(square, jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         cosine, norm = (x.astype(jnp.float32) for x in jacobian.correlation())
-        count = jnp.asarray(optax.safe_increment(state.count))
+        count = jnp.where(state.count == jnp.iinfo(jnp.int32).max, state.count, state.count + 1)
         beta = jnp.minimum(decay, 1 - 1 / count)
         rate = beta * state.conflict_rate + (1 - beta) * (cosine < 0)
         return jacobian, MonitorTasksState(cosine, norm, rate.astype(jnp.float32), count)

@@ -1,6 +1,6 @@
 """Gradient accumulation over micro-batches, at the level of the Jacobian."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,16 +8,19 @@ import optax
 
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import unflatten_losses
+from mtl_optax.jacobian._rows import keep_rows, scale_rows
 from mtl_optax.links import check_num_tasks, receive, task_zeros
+from mtl_optax.states import PerTask
 
 
 class MultiStepsState(NamedTuple):
     """State of `multi_steps`."""
 
-    mini_step: jax.Array  # () int32, micro-batches in the averages; 0 right after an update
+    mini_step: jax.Array  # () int32, micro-batches since the last update; 0 right after one
     gradient_step: jax.Array  # () int32, updates made
-    losses: jax.Array  # (K,) float32, averages
-    rows: Any  # like the parameters, leaves (K, *param.shape), at least float32, averages
+    counts: PerTask  # (K,) int32, micro-batches in the averages
+    losses: PerTask  # (K,) float32, averages
+    rows: PerTask  # like the parameters, leaves (K, *param.shape), at least float32, averages
     inner_state: optax.OptState
 
 
@@ -26,13 +29,16 @@ def multi_steps(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages losses and rows over k micro-batches, and only then runs the strategy.
 
-    .. math:: \bar L_k = \frac1n \sum_b L_k^{(b)}, \quad \bar g_k = \frac1n \sum_b g_k^{(b)}
+    .. math:: \bar L_k = \frac1{n_k} \sum_b L_k^{(b)}, \quad
+              \bar g_k = \frac1{n_k} \sum_b g_k^{(b)}
 
     The strategy sees the Jacobian of the whole batch, so a step is the one that it would take on
-    the k micro-batches in one (for losses that are means over examples). In between the updates are
-    zero and the state of `tx` stands still. `optax.MultiSteps` can't do this: it averages what has
-    the shape of the parameters, but a strategy must see each task's average. Around the whole
-    chain:
+    the k micro-batches in one (for losses that are means over examples). A mean is over the
+    micro-batches that had the task, as `present=` tells: those of one task each make the step of
+    all tasks at once. A task that none of them had is absent from it, and a micro-batch without any
+    task does not count. In between the updates are zero and the state of `tx` stands still.
+    `optax.MultiSteps` can't do this: it averages what has the shape of the parameters, but a
+    strategy must see each task's average. Around the whole chain:
 
         tx = mtl.multi_steps(optax.chain(mtl.mgda(2), optax.adam(1e-3)), every_k=4, num_tasks=2)
 
@@ -76,13 +82,22 @@ def multi_steps(
 
     def init_fn(params):
         zero = jnp.zeros([], jnp.int32)
-        losses, rows = jnp.zeros(num_tasks, jnp.float32), task_zeros(num_tasks, params)
-        return MultiStepsState(zero, zero, losses, rows, tx.init(params))
+        counts, losses = jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks, jnp.float32)
+        rows = task_zeros(num_tasks, params)
+        return MultiStepsState(zero, zero, counts, losses, rows, tx.init(params))
 
-    def update_fn(updates, state, params=None, *, losses=None, shared=None, **extra_args):
-        jacobian = receive(updates, losses, num_tasks, shared)
-        count = state.mini_step + 1
-        mean = lambda old, new: old + ((new - old) / count).astype(old.dtype)  # noqa: E731
+    def update_fn(
+        updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
+    ):
+        jacobian = receive(updates, losses, num_tasks, shared, present)
+        here = jacobian.present
+        count = state.mini_step + jnp.any(here)
+        counts = state.counts + here
+
+        def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+            share = scale_rows(new - old, 1 / jnp.maximum(counts, 1))
+            return keep_rows(share, here).astype(old.dtype) + old
+
         rows = jax.tree.leaves(jacobian.rows())
         averages, treedef = jax.tree.flatten(state.rows)
         averages = [mean(old, row) for old, row in zip(averages, rows, strict=True)]
@@ -92,6 +107,7 @@ def multi_steps(
             batch = jacobian.replace_rows(
                 [average.astype(row.dtype) for average, row in zip(averages, rows, strict=True)],
                 losses=unflatten_losses(mean_losses, jacobian.losses),
+                present=None if jacobian.everyone else counts > 0,
             )
             return run(tx, batch, inner_state, params, extra_args)
 
@@ -99,12 +115,13 @@ def multi_steps(
             like = jax.eval_shape(step, inner_state)[0]
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), inner_state
 
-        full = count == every_k
+        full = (count == every_k) & (count > state.mini_step)
         update, inner_state = jax.lax.cond(full, step, wait, state.inner_state)
         clear = lambda leaf: jnp.where(full, 0, leaf)  # noqa: E731
         new_state = MultiStepsState(
             mini_step=clear(count),
             gradient_step=state.gradient_step + full.astype(jnp.int32),
+            counts=clear(counts),
             losses=clear(mean_losses),
             rows=treedef.unflatten([clear(leaf) for leaf in averages]),
             inner_state=inner_state,

@@ -1,5 +1,7 @@
 """Rows of comparable size, by their norms or their losses."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 import optax
 
@@ -9,7 +11,9 @@ from mtl_optax.links import check_choice, link
 KINDS = ("l2", "loss", "loss+", "max")
 
 
-def normalize_tasks(kind: str = "l2") -> optax.GradientTransformationExtraArgs:
+def normalize_tasks(
+    kind: Literal["l2", "loss", "loss+", "max"] = "l2",
+) -> optax.GradientTransformationExtraArgs:
     r"""Divides each row by its norm, its loss, or both.
 
     .. math:: g_k \to g_k / \|g_k\|, \quad g_k / L_k, \quad g_k / (L_k \|g_k\|), \quad

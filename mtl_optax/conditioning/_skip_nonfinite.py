@@ -21,7 +21,7 @@ class SkipNonfiniteState(NamedTuple):
 def skip_nonfinite(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Makes no step where a loss or the update is NaN or infinite.
+    r"""Makes no step where a loss or the update is NaN or infinite, or no task is present.
 
     The update is then zero and the state of `tx`, strategy and optimizer alike, is bit for bit what
     it was; so it is too where a number of that state would stop being finite. Skipped steps are
@@ -56,8 +56,10 @@ def skip_nonfinite(
         zero = jnp.zeros([], jnp.int32)
         return SkipNonfiniteState(zero, zero, tx.init(params))
 
-    def update_fn(updates, state, params=None, *, losses=None, shared=None, **extra_args):
-        jacobian = receive(updates, losses, shared=shared)
+    def update_fn(
+        updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
+    ):
+        jacobian = receive(updates, losses, None, shared, present)
         update, inner_state = run(tx, jacobian, state.inner_state, params, extra_args)
         pairs = zip(jax.tree.leaves(inner_state), jax.tree.leaves(state.inner_state), strict=True)
         # Some states are NaN until they have seen something.
@@ -65,13 +67,14 @@ def skip_nonfinite(
         good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
         finite = jnp.all(jnp.isfinite(jacobian.loss_vector()))
         finite &= jnp.all(jnp.stack([jnp.all(g) for g in good]))
+        anyone = jnp.any(jacobian.present)
 
         zeros = jax.tree.map(jnp.zeros_like, update)
         update, inner_state = jax.lax.cond(
-            finite, lambda: (update, inner_state), lambda: (zeros, state.inner_state)
+            finite & anyone, lambda: (update, inner_state), lambda: (zeros, state.inner_state)
         )
-        bad = (~finite).astype(jnp.int32)
-        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        bad = (~finite & anyone).astype(jnp.int32)
+        in_a_row = jnp.where(finite & anyone, 0, state.skipped_in_a_row + bad)
         return update, SkipNonfiniteState(state.skipped + bad, in_a_row, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

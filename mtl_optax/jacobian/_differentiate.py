@@ -279,6 +279,7 @@ def as_jacobian(grads: Any, losses: Any, *, shared: Mask | None = None) -> Jacob
         shared=is_shared,
         measured=is_shared,
         row_mode="batched",
+        shown=(True,) * len(is_shared),
     )
     return Jacobian(losses, GivenRows(rows), Rows(), layout)
 
@@ -315,6 +316,7 @@ def _layout(
         shared=is_shared,
         measured=is_shared if gramian_at is None else arguments.resolve(gramian_at, "gramian_at"),
         row_mode=row_mode,
+        shown=(True,) * len(is_shared),
     )
 
 

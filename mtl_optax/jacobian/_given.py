@@ -16,6 +16,7 @@ class GivenRows:
     """The K rows of each leaf, `(K, *shape)`."""
 
     given: Sequence[jax.Array]
+    present: jax.Array | None = None  # (K,) bool, which rows are not 0; None for all
 
     underflows = False
 
@@ -31,7 +32,8 @@ class GivenRows:
 
     def keep(self, tasks: jax.Array) -> "GivenRows":
         """The rows with those of the other tasks exactly 0, whatever they hold."""
-        return GivenRows([keep_rows(row, tasks) for row in self.given])
+        present = tasks if self.present is None else tasks & self.present
+        return GivenRows([keep_rows(row, tasks) for row in self.given], present)
 
     def pullback(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw, one array a leaf."""

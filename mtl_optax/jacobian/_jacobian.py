@@ -1,8 +1,12 @@
 """The lazy Jacobian of several losses."""
 
+from __future__ import annotations
+
 import functools
+import itertools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,9 @@ from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
 from mtl_optax.jacobian._rows import scale_rows, scaled_products
 from mtl_optax.jacobian.ways import Measurement, Rows, Way
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
 
 
 class Jacobian:
@@ -80,16 +87,37 @@ class Jacobian:
         """Which parameters the tasks share: a tree of bools like the parameters."""
         return self._layout.merge(self._layout.shared, lambda aval: False)
 
+    @property
+    def present(self) -> Bool[Array, " K"]:
+        """Which tasks take part: `(K,)` bool. The rows and losses of the others are 0."""
+        present = self._source.present
+        return jnp.ones(self.num_tasks, bool) if present is None else present
+
+    @property
+    def everyone(self) -> bool:
+        """Whether no task can be absent, known while tracing."""
+        return self._source.present is None
+
+    @property
+    def num_present(self) -> Float[Array, ""]:
+        """How many tasks take part, at least 1: what a mean over them divides by."""
+        return jnp.maximum(jnp.sum(self.present), 1).astype(self.dtype)
+
+    @property
+    def at_parameters(self) -> bool:
+        """Whether the Gramian is of gradients of parameters: its norms have an update's unit."""
+        return self._way.at_parameters
+
     def __contains__(self, name: object) -> bool:
         return name in self.names
 
     def __repr__(self) -> str:
         return f"mtl_optax.Jacobian of {self.names} ({_opaque.REMEDY})"
 
-    def __copy__(self) -> "Jacobian":
+    def __copy__(self) -> Jacobian:
         return self
 
-    def __deepcopy__(self, memo: Any) -> "Jacobian":
+    def __deepcopy__(self, memo: Any) -> Jacobian:
         return self
 
     def __reduce__(self) -> NoReturn:
@@ -110,11 +138,11 @@ class Jacobian:
     __matmul__ = __rmatmul__ = __pos__ = __lt__ = __le__ = __gt__ = __ge__ = __round__ = _refuse
     __float__ = __int__ = __complex__ = __iter__ = __getitem__ = __array__ = _refuse
 
-    def loss_vector(self) -> jax.Array:
+    def loss_vector(self) -> Float[Array, " K"]:
         """The losses as one `(K,)` array, at least float32."""
         return flatten_losses(self.losses)
 
-    def pullback(self, weights: jax.Array) -> Any:
+    def pullback(self, weights: Float[Array, " K"]) -> Any:
         """Jᵀw, shaped as the parameters: one backward pass.
 
         Args:
@@ -137,7 +165,7 @@ class Jacobian:
         """The K gradients on the shared parameters alone, a list of `(K, *param.shape)`."""
         return [self._rescaled(row) for row in self._rows_of(self._layout.shared_leaves)]
 
-    def gramian(self) -> jax.Array:
+    def gramian(self) -> Float[Array, "K K"]:
         """J Jᵀ over the shared parameters, or where `gramian_at` says: `(K, K)`, float32.
 
         Its entries are squares: norms beyond 1e19 overflow float32. The ones below are safe.
@@ -145,7 +173,7 @@ class Jacobian:
         products, scales = self.scaled_gramian()
         return products * (scales[:, None] * scales[None, :])
 
-    def scaled_gramian(self) -> tuple[jax.Array, jax.Array]:
+    def scaled_gramian(self) -> tuple[Float[Array, "K K"], Float[Array, " K"]]:
         """The Gramian at any scale of the rows: G = diag(s) M diag(s).
 
         Returns:
@@ -158,7 +186,7 @@ class Jacobian:
         signs = jnp.sign(self._scales.astype(scales.dtype))
         return products * (signs[:, None] * signs[None, :]), self._scaled(scales) * signs
 
-    def correlation(self) -> tuple[jax.Array, jax.Array]:
+    def correlation(self) -> tuple[Float[Array, "K K"], Float[Array, " K"]]:
         """The Gramian as cosines and norms: G = diag(n) C diag(n).
 
         Returns:
@@ -170,11 +198,13 @@ class Jacobian:
         divisor = jnp.where(lengths > 0, lengths, 1)
         return products / (divisor[:, None] * divisor[None, :]), _times(scales, lengths)
 
-    def norms(self) -> jax.Array:
+    def norms(self) -> Float[Array, " K"]:
         """The norms of the rows where the Gramian is measured: `(K,)`, safe at any scale."""
         return self.correlation()[1]
 
-    def cross_gramian(self, other: "Jacobian") -> tuple[jax.Array, jax.Array, jax.Array]:
+    def cross_gramian(
+        self, other: Jacobian
+    ) -> tuple[Float[Array, "K K"], Float[Array, " K"], Float[Array, " K"]]:
         """J J'ᵀ with the Jacobian of the same tasks on another batch, where `gramian` measures.
 
         Returns:
@@ -197,11 +227,11 @@ class Jacobian:
         """How this Jacobian is measured, leaf by leaf: a table to print. Computes nothing."""
         return plan(self._source, self._way, self._layout)
 
-    def scale(self, weights: jax.Array, *, losses: Any = None) -> "Jacobian":
+    def scale(self, weights: Float[Array, " K"], *, losses: Any = None) -> Jacobian:
         """diag(w) J, still lazy.
 
         Args:
-          weights: `(K,)`.
+          weights: `(K,)`; those of absent tasks count as 0, whatever they are.
           losses: what the rows are the gradients of now; w times the losses by default.
         """
         weights = self._as_weights(weights)
@@ -210,36 +240,65 @@ class Jacobian:
         scales = weights if self._scales is None else _times(weights, self._scales)
         return self._replace(losses=losses, scales=scales)
 
-    def keep(self, tasks: jax.Array, *, losses: Any = None) -> "Jacobian":
-        """The rows of some tasks, the others exactly 0 whatever they held, still lazy.
+    def keep(self, tasks: Bool[Array, " K"]) -> Jacobian:
+        """Only some tasks present: losses and rows of the others are exactly 0, still lazy.
 
-        Unlike `scale` by 0, which leaves 0 * NaN = NaN. While all are kept it costs nothing.
+        Unlike `scale` by 0, which leaves 0 * NaN = NaN.
 
         Args:
           tasks: `(K,)` bool.
-          losses: what the rows are the gradients of now; 0 for the others by default.
         """
-        if losses is None:
-            losses = unflatten_losses(jnp.where(tasks, self.loss_vector(), 0), self.losses)
         return self._replace(
-            losses=losses,
+            losses=unflatten_losses(jnp.where(tasks, self.loss_vector(), 0), self.losses),
             source=self._source.keep(tasks),
             way=self._way.keep(tasks),
             scales=None if self._scales is None else jnp.where(tasks, self._scales, 0),
-            memo=Memo(),
+            memo=Memo(updates=self._memo.updates),
         )
 
-    def replace_rows(self, rows: Any, *, losses: Any = None) -> "Jacobian":
+    def part(self, chosen: Sequence[bool]) -> Jacobian:
+        """The columns of some parameters, in trees in which the others are empty arrays.
+
+        Args:
+          chosen: a bool for each parameter, in the order in which JAX flattens them.
+
+        Raises:
+          ValueError: if tasks share some of them, and `gramian_at` measures none.
+        """
+        layout = self._layout.part(chosen)
+        if any(layout.shared) and not any(layout.measured):
+            raise ValueError(
+                "gramian_at measures none of the shared parameters of a group: each group of "
+                "mtl.partition is aggregated over its own Gramian, so leave gramian_at out"
+            )
+        return self._replace(layout=layout)
+
+    def restrict(self, asked: Any, tasks: Callable[[], jax.Array]) -> Jacobian:
+        """`keep(tasks())`, once for all the links that ask with the same object."""
+        if asked is None or self._memo.known("restricted") is asked:
+            return self
+        kept = self.keep(tasks())
+        kept._memo.once("restricted", lambda: asked)
+        return kept
+
+    def replace_rows(
+        self, rows: Any, *, losses: Any = None, present: jax.Array | None = None
+    ) -> Jacobian:
         """The same tasks and layout with these rows; the Gramian is then theirs.
 
         Args:
           rows: leaves `(K, *param.shape)` in the order of `rows()`, in any tree.
           losses: what they are the gradients of; those of this Jacobian by default.
+          present: which tasks take part, `(K,)` bool; those of this Jacobian by default.
         """
         losses = self.losses if losses is None else losses
-        return Jacobian(losses, GivenRows(self._layout.leaves_of(rows)), Rows(), self._layout)
+        present = self._source.present if present is None else present
+        source = GivenRows(self._layout.leaves_of(rows))
+        if present is not None:
+            source = source.keep(present)
+        return Jacobian(losses, source, Rows(), self._layout)
 
-    def finite_tasks(self) -> jax.Array:
+    def finite_tasks(self) -> Bool[Array, " K"]:
         """Which tasks have a finite loss and a finite row: `(K,)` bool.
 
         One backward pass while all are finite, K isolated ones where the sum of the rows is not.
@@ -248,12 +307,19 @@ class Jacobian:
         if self._scales is not None:
             finite &= jnp.isfinite(self._scales)
         every = [self._heads(), *(linear.heads() for linear in self._way.linear_maps())]
+        hidden = {i for i, is_shown in enumerate(self._layout.shown) if not is_shown}
         ones = jnp.ones(self.num_tasks, self.dtype)
-        total = [leaf for heads in every for leaf in heads.mix(ones)]
+
+        def seen(leaves: list[list[jax.Array]]) -> list[jax.Array]:
+            own, *others = leaves
+            shown = [leaf for i, leaf in enumerate(own) if i not in hidden]
+            return [*shown, *itertools.chain(*others)]
+
+        total = seen([heads.mix(ones) for heads in every])
         none_wrong = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in total]))
 
         def one_by_one():
-            rows = [row for heads in every for row in heads.rows("isolated")]
+            rows = seen([heads.rows("isolated") for heads in every])
             per_leaf = [jnp.all(jnp.isfinite(r), axis=tuple(range(1, r.ndim))) for r in rows]
             return jnp.all(jnp.stack(per_leaf), axis=0)
 
@@ -276,7 +342,7 @@ class Jacobian:
         ]
         return layout.unflatten(leaves)
 
-    def combine(self, weights: jax.Array | float) -> Any:
+    def combine(self, weights: Float[Array, " K"] | float) -> Any:
         """What an aggregator returns: Jᵀw on shared leaves, each head's own row on head leaves.
 
         Args:
@@ -284,22 +350,73 @@ class Jacobian:
         """
         layout, ones = self._layout, jnp.ones(self.num_tasks, self.dtype)
         if not isinstance(weights, int | float):
-            return layout.unflatten(self._combine(self._as_weights(weights), ones))
+            leaves = self._combine(self._as_weights(weights), ones)
+            return self._made(layout.unflatten(leaves), weights)
         leaves = self._pull(ones)
         if weights != 1:
             leaves = [
                 (weights * leaf).astype(leaf.dtype) if is_shared else leaf
                 for leaf, is_shared in zip(leaves, layout.shared, strict=True)
             ]
-        return layout.unflatten(leaves)
+        return self._made(layout.unflatten(leaves), weights * ones)
+
+    def watched(self) -> Jacobian:
+        """The same, for a link of which `weighing` is asked then."""
+        return self._replace(memo=Memo(self._memo, updates=[]))
+
+    def weighing(self, result: Any) -> tuple[jax.Array, jax.Array]:
+        """How a link weighed the rows of this Jacobian, which is `watched`.
+
+        Args:
+          result: what the link returned, a Jacobian or one gradient.
+
+        Returns:
+          `(scales, weights)`, both `(K,)`: of the rows, and of the scaled rows in their sum. The
+          result is `scale(scales)`, or `scale(scales).combine(weights)`.
+
+        Raises:
+          ValueError: if that is not how the result was made.
+        """
+        ones = jnp.ones(self.num_tasks, self.dtype)
+        if isinstance(result, Jacobian):
+            found = (result, ones) if result._memo is self._memo else None
+        else:
+            found = self._how_made(result)
+        if found is None:
+            raise ValueError(
+                "the link does not return the rows that it is given, weighed, or their weighted "
+                "sum, but something else, as graddrop, trimmed_mean, ema_tasks and optimizers do: "
+                "there are no weights to hold"
+            )
+        scaled, weights = found
+        if scaled._scales is None or self._scales is None:
+            return ones if scaled._scales is None else scaled._scales, weights
+        before = jnp.where(self._scales == 0, 1, self._scales)
+        return jnp.where(self._scales == 0, 1, scaled._scales / before), weights
+
+    def is_combined(self, update: Any) -> bool:
+        """Whether it is known to be what `combine` returned, for one that is watched."""
+        return self._how_made(update) is not None
 
     # What follows is how, not what.
 
-    def here(self) -> "Jacobian":
+    def here(self) -> Jacobian:
         """The same in this trace, where what is computed of it can be kept."""
         return self if self._memo.is_of_this_trace() else self._replace(memo=Memo(self._memo))
 
-    def _replace(self, **changes: Any) -> "Jacobian":
+    def _made(self, update: Any, weights: jax.Array) -> Any:
+        if self._memo.updates is not None:
+            self._memo.updates.append((self, weights, update))
+        return update
+
+    def _how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
+        leaves = jax.tree.leaves(update)
+        for scaled, weights, made in self._memo.updates or []:
+            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
+                return scaled, weights
+        return None
+
+    def _replace(self, **changes: Any) -> Jacobian:
         now = {
             "losses": self.losses,
             "source": self._source,
@@ -318,7 +435,9 @@ class Jacobian:
                 f"weights have shape {weights.shape}, expected ({self.num_tasks},): one weight for "
                 f"each of the tasks {self.names}"
             )
-        return weights.astype(self.dtype)
+        weights = weights.astype(self.dtype)
+        present = self._source.present
+        return weights if present is None else jnp.where(present, weights, 0)
 
     def _scaled(self, weights: jax.Array) -> jax.Array:
         scales = self._scales
@@ -340,15 +459,20 @@ class Jacobian:
         every, alone = self._every_row(), jax.lax.optimization_barrier
         return [self._memo.once(("row", i), lambda i=i: alone(every[i])) for i in leaves]
 
+    @property
+    def _what_is_measured(self) -> tuple[Any, ...]:
+        return "measured", self._layout.measured
+
     def _measured(self) -> Measurement:
         jac = self.here()
         return jac._memo.once(
-            "measured", lambda: jac._way.measure(jac._heads(), jac._layout, jac._rows_of)
+            jac._what_is_measured,
+            lambda: jac._way.measure(jac._heads(), jac._layout, jac._rows_of),
         )
 
     def _at_hand(self, weights: jax.Array) -> dict[int, jax.Array]:
         """The leaves of Jᵀw that what was measured leaves to be combined."""
-        measured = self._memo.known("measured")
+        measured = self._memo.known(self._what_is_measured)
         return {} if measured is None else measured.mix(weights)
 
     def _pull(self, weights: jax.Array) -> list[Any]:
@@ -356,8 +480,8 @@ class Jacobian:
 
         def pull(weights: jax.Array) -> list[Any]:
             known = self._at_hand(weights)
-            if len(known) == self._layout.num_leaves:
-                return [known[i] for i in range(len(known))]
+            if all(i in known for i, is_shown in enumerate(self._layout.shown) if is_shown):
+                return [known.get(i) for i in range(self._layout.num_leaves)]
             return [known.get(i, leaf) for i, leaf in enumerate(self._source.pullback(weights))]
 
         return self._in_range(pull, self._scaled(weights))
@@ -368,7 +492,7 @@ class Jacobian:
 
         def combine(weights: jax.Array, own: jax.Array) -> list[Any]:
             known = {i: leaf for i, leaf in self._at_hand(weights).items() if shared[i]}
-            wanted = [i not in known for i in range(len(shared))]
+            wanted = [i not in known and is_shown for i, is_shown in enumerate(self._layout.shown)]
             pulled = wanted
             if any(wanted):
                 pulled = self._heads().combine(weights, own, shared, wanted)
@@ -382,7 +506,10 @@ class Jacobian:
             return fn(*weights)
         unit = power_of_two(functools.reduce(jnp.maximum, [jnp.max(jnp.abs(w)) for w in weights]))
         leaves = fn(*(w / unit for w in weights))
-        return [(leaf.astype(wide(leaf.dtype)) * unit).astype(leaf.dtype) for leaf in leaves]
+        return [
+            None if leaf is None else (leaf.astype(wide(leaf.dtype)) * unit).astype(leaf.dtype)
+            for leaf in leaves
+        ]
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -28,10 +28,16 @@ class Layout:
     shared: tuple[bool, ...]  # of the leaves
     measured: tuple[bool, ...]
     row_mode: RowMode
+    shown: tuple[bool, ...]  # of the leaves: the others stand in trees as empty arrays
 
     def __repr__(self) -> str:
         # JAX prints it with a tree that another one does not match.
         return f"{self.num_tasks} losses: {REMEDY}"
+
+    @functools.cached_property
+    def places(self) -> tuple[int, ...]:
+        """Where the leaves stand among the parameters."""
+        return tuple(i for i, is_trained in enumerate(self.trained) if is_trained)
 
     @property
     def num_leaves(self) -> int:
@@ -50,7 +56,10 @@ class Layout:
 
     def unflatten(self, leaves: Sequence[jax.Array]) -> Any:
         """A tree like the parameters, zero where they are frozen, each of its parameter's dtype."""
-        typed = [x.astype(aval.dtype) for x, aval in zip(leaves, self.leaf_avals, strict=True)]
+        typed = [
+            x.astype(aval.dtype) if is_shown else None
+            for x, aval, is_shown in zip(leaves, self.leaf_avals, self.shown, strict=True)
+        ]
         return self.merge(typed, lambda aval: jnp.zeros(aval.shape, aval.dtype))
 
     def unflatten_rows(self, rows: Sequence[jax.Array]) -> Any:
@@ -59,10 +68,30 @@ class Layout:
 
     def merge(self, leaves: Sequence[Any], frozen: Callable[[Any], Any]) -> Any:
         """A tree like the parameters of what stands for the leaves, and for the frozen ones."""
-        left = iter(leaves)
-        pairs = zip(self.trained, self.avals, strict=True)
+        shown = {
+            place: leaf
+            for place, leaf, is_shown in zip(self.places, leaves, self.shown, strict=True)
+            if is_shown
+        }
         return self.params_def.unflatten(
-            [next(left) if is_trained else frozen(aval) for is_trained, aval in pairs]
+            [shown[i] if i in shown else frozen(aval) for i, aval in enumerate(self.avals)]
+        )
+
+    def part(self, chosen: Sequence[bool]) -> "Layout":
+        """With some of the parameters alone: the others are empty, and in no row and Gramian."""
+        empty = [jax.ShapeDtypeStruct((0,), aval.dtype) for aval in self.avals]
+        avals = zip(self.avals, empty, chosen, strict=True)
+        here = [chosen[place] for place in self.places]
+
+        def only(mask: tuple[bool, ...]) -> tuple[bool, ...]:
+            return tuple(m and h for m, h in zip(mask, here, strict=True))
+
+        return dataclasses.replace(
+            self,
+            avals=tuple(aval if is_chosen else nothing for aval, nothing, is_chosen in avals),
+            shared=only(self.shared),
+            measured=only(self.measured),
+            shown=only(self.shown),
         )
 
     def leaves_of(self, tree: Any) -> list[Any]:
@@ -73,14 +102,12 @@ class Layout:
                 f"got {len(leaves)} leaves of rows, expected one for each of the "
                 f"{len(self.trained)} parameters: change the leaves of rows()"
             )
-        return [leaf for leaf, is_trained in zip(leaves, self.trained, strict=True) if is_trained]
+        return [leaves[place] for place in self.places]
 
     @property
     def leaf_avals(self) -> list[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of the leaves."""
-        return [
-            aval for aval, is_trained in zip(self.avals, self.trained, strict=True) if is_trained
-        ]
+        return [self.avals[place] for place in self.places]
 
 
 def resolve_mask(mask: Mask, params: Any, option: str) -> tuple[bool, ...]:

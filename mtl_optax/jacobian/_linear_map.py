@@ -71,11 +71,9 @@ class LinearMap:
     def pullback(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw, one array a leaf: one backward pass."""
         self._check()
-        every = lambda: self._transpose(self.program.jaxpr)(self._split(weights))  # noqa: E731
-        if self.present is None:
-            return every()
-        one_by_one = lambda: [mix(weights, row) for row in self.heads().rows("isolated")]  # noqa: E731
-        return jax.lax.cond(jnp.all(self.present), every, one_by_one)
+        if self.present is not None:
+            return self.heads().mix(weights)
+        return self._transpose(self.program.jaxpr)(self._split(weights))
 
     def heads(self) -> "Heads":
         """The map with its heads transposed."""
@@ -149,15 +147,22 @@ class Heads:
 
         Nothing is computed for leaves that are not `wanted`: None.
         """
-        every = lambda: self._combine(weights, own, shared, wanted)  # noqa: E731
-        if self.linear.present is None:
-            return every()
+        present = self.linear.present
+        if present is None:
+            return self._combine(weights, own, shared, wanted)
+        # Nothing of an absent task leaves its head. Where the trunk itself is not finite, and 0
+        # times it is NaN, only rows that were differentiated alone can be told apart.
+        kept = self._keep(present)._combine(weights, own, shared, wanted)
+        known = [leaf for leaf in kept if leaf is not None]
+        finite = functools.reduce(
+            jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in known], jnp.bool_(True)
+        )
 
         def one_by_one():
             rows = zip(self.rows("isolated"), shared, wanted, strict=True)
             return [mix(weights if s else own, row) if want else None for row, s, want in rows]
 
-        return jax.lax.cond(jnp.all(self.linear.present), every, one_by_one)
+        return jax.lax.cond(finite, lambda: kept, one_by_one)
 
     def mix(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw, one array a leaf."""
@@ -240,6 +245,15 @@ class Heads:
         mixed = pull(weights, [w and s for w, s in zip(wanted, shared, strict=True)])
         apart = pull(own, [w and not s for w, s in zip(wanted, shared, strict=True)])
         return [a if is_shared else b for a, b, is_shared in zip(mixed, apart, shared, strict=True)]
+
+    def _keep(self, tasks: jax.Array) -> "Heads":
+        """The heads with what those of the other tasks pass back exactly 0."""
+
+        def kept(at: list[dict[int, jax.Array]]) -> list[dict[int, jax.Array]]:
+            each = [tasks[t.start : t.stop] for t in self._program.tasks]
+            return [{i: keep_rows(b, each[i]) for i, b in blocks.items()} for blocks in at]
+
+        return Heads(self.linear, kept(self.at_leaves), kept(self.at_trunk))
 
     def _rows_of_group(self, i: int) -> list[jax.Array | None]:
         """The rows of one group's tasks through the trunk, `(n, *shape)`."""

@@ -10,10 +10,18 @@ from mtl_optax._numerics import wide
 
 
 def task_names(losses: Any) -> tuple[str, ...]:
-    """The name of each task: the path of its loss, and its index in an array of several."""
+    """The name of each task: the path of its loss, and its index in an array of several.
+
+    Where plain paths would name two alike, all are spelled out: `['a'][0]` is not `['a/0']`.
+    """
+    names = _paths(losses, {"simple": True, "separator": "/"})
+    return names if len(set(names)) == len(names) else _paths(losses, {})
+
+
+def _paths(losses: Any, style: dict[str, Any]) -> tuple[str, ...]:
     names = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(losses):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = jax.tree_util.keystr(path, **style)
         if jnp.shape(leaf) == ():
             names.append(name or "0")
         else:

@@ -10,12 +10,16 @@ class Memo:
     """Values by name: known in the trace in which it was made, and in traces inside that one.
 
     What is computed in an inner trace is not kept: it must not be used, nor live on, outside.
+
+    Attributes:
+      updates: for one that is watched, `(jacobian, weights, update)` of all combined updates.
     """
 
-    def __init__(self, outer: "Memo | None" = None):
+    def __init__(self, outer: "Memo | None" = None, updates: list[Any] | None = None):
         self._trace = current_trace()
         self._outer = outer
         self._values: dict[Any, Any] = {}
+        self.updates = updates
 
     def is_of_this_trace(self) -> bool:
         """Whether what is computed now may be kept here."""

@@ -12,12 +12,17 @@ A solver describes its convex program with two functions of the point:
 changes a variable at a time, ends, and polishes. Together they take a handful of steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
 
 Target = Callable[[jax.Array, jax.Array], jax.Array]
 Violation = Callable[[jax.Array], jax.Array]
@@ -43,10 +48,10 @@ class SolverResult(NamedTuple):
       converged: scalar bool, whether `residual` is at most 64 machine epsilons.
     """
 
-    x: jax.Array
-    residual: jax.Array
-    num_steps: jax.Array
-    converged: jax.Array
+    x: Float[Array, " K"]
+    residual: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    converged: Bool[Array, ""]
 
 
 def step_limit(max_steps: int | None, size: int) -> int:

@@ -1,6 +1,9 @@
 """Non-negative least squares."""
 
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,13 @@ from jax.typing import ArrayLike
 from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def nnls(A: ArrayLike, b: ArrayLike, *, max_steps: int | None = None) -> _base.SolverResult:
+
+def nnls(
+    A: Float[ArrayLike, "M K"], b: Float[ArrayLike, " M"], *, max_steps: int | None = None
+) -> _base.SolverResult:
     r"""Solves least squares under non-negativity.
 
     .. math:: \min_x \|Ax - b\|_2 \quad \text{s.t.}\; x \ge 0

@@ -1,7 +1,9 @@
 """The non-negative quadratic program: the problem of UPGrad, DualProj and CAGrad."""
 
+from __future__ import annotations
+
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,12 @@ from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 from mtl_optax.solvers._base import _PATIENCE, _REENTRY
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 def nonnegative_qp(
-    Q: ArrayLike, q: ArrayLike, *, max_steps: int | None = None
+    Q: Float[ArrayLike, "K K"], q: Float[ArrayLike, " K"], *, max_steps: int | None = None
 ) -> _base.SolverResult:
     r"""Minimises a convex quadratic over the non-negative orthant.
 

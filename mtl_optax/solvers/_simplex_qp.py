@@ -1,7 +1,10 @@
 """Convex quadratic programs over a simplex: the problem of MGDA and of PE-LTR."""
 
+from __future__ import annotations
+
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,17 @@ from jax.typing import ArrayLike
 from mtl_optax._numerics import divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 
 def simplex_qp(
-    Q: ArrayLike,
-    q: ArrayLike | None = None,
+    Q: Float[ArrayLike, "K K"],
+    q: Float[ArrayLike, " K"] | None = None,
     *,
     floors: ArrayLike = 0.0,
     total: ArrayLike = 1.0,
+    present: Bool[ArrayLike, " K"] | None = None,
     max_steps: int | None = None,
 ) -> _base.SolverResult:
     r"""Minimises a convex quadratic over a simplex with floors.
@@ -40,6 +47,8 @@ def simplex_qp(
       q: vector (K,), or None for 0.
       floors: lower bounds, a scalar or (K,), of any sign. At a bound x equals its floor exactly.
       total: scalar, the sum of x.
+      present: (K,) bool, the variables that there are: x is 0 elsewhere, and what Q, q and floors
+        say there counts for nothing. None for all.
       max_steps: the most linear systems to solve, static; None is 10 K + 50.
 
     Returns:
@@ -88,15 +97,22 @@ def simplex_qp(
         raise ValueError(f"floors has shape {jnp.shape(floors)}, expected a scalar or {(K,)}.")
     if jnp.shape(total) != ():
         raise ValueError(f"total has shape {jnp.shape(total)}, expected a scalar.")
-    _check_feasible(floors, total, K)
+    if present is not None and jnp.shape(present) != (K,):
+        raise ValueError(
+            f"present has shape {jnp.shape(present)}, expected {(K,)}: a bool a variable."
+        )
+    _check_feasible(floors, total, present, K)
     floors, total = jnp.asarray(floors), jnp.asarray(total)
-    return _solve(Q, q, floors, total, max_steps=_base.step_limit(max_steps, K))
+    present = jnp.ones(K, bool) if present is None else jnp.asarray(present, bool)
+    return _solve(Q, q, floors, total, present, max_steps=_base.step_limit(max_steps, K))
 
 
-def _check_feasible(floors, total, K):
-    if isinstance(floors, Tracer) or isinstance(total, Tracer):
+def _check_feasible(floors, total, present, K):
+    if any(isinstance(x, Tracer) for x in (floors, total, present)):
         return
     values = [float(floors)] * K if jnp.shape(floors) == () else floors.tolist()
+    if present is not None:
+        values = [floor for floor, here in zip(values, present, strict=True) if here]
     least, total = math.fsum(values), float(total)
     # The slack is for floors such as 1/K, whose float32 sum may pass 1.
     if least > total + 1e-6 * math.fsum(map(abs, values)):
@@ -107,12 +123,12 @@ def _check_feasible(floors, total, K):
 
 
 @functools.partial(jax.jit, static_argnames="max_steps")
-def _solve(Q, q, floors, total, *, max_steps):
+def _solve(Q, q, floors, total, present, *, max_steps):
     dtype = _base.solver_dtype(Q, q)
-    K = q.size
     eps = jnp.finfo(dtype).eps
     Q, q, total = Q.astype(dtype), q.astype(dtype), total.astype(dtype)
-    floors = jnp.broadcast_to(floors.astype(dtype), (K,))
+    Q = jnp.where(present[:, None] & present[None, :], Q, 0)
+    q, floors = jnp.where(present, q, 0), jnp.where(present, floors.astype(dtype), 0)
 
     size = jnp.sum(jnp.abs(floors)) + jnp.abs(total)
     room = total - jnp.sum(floors)
@@ -138,6 +154,7 @@ def _solve(Q, q, floors, total, *, max_steps):
 
     def target(x, free):
         # aaᵀ changes nothing on the constraint and makes the system regular where the problem is.
+        free = free & present
         normal = jnp.where(free, a, 0)
         normal = divide(normal, jnp.linalg.norm(normal), normal)
         M = C + normal[:, None] * normal[None, :]
@@ -155,15 +172,17 @@ def _solve(Q, q, floors, total, *, max_steps):
         y = a * (x - lower) / span
         g = s * gradient(x)
         h = s * (dot(jnp.abs(C), jnp.abs(x) + eps * room * s) + jnp.abs(q))
-        multiplier = jnp.where(room > 0, jnp.vdot(y, g), jnp.min(g))
+        least = jnp.min(jnp.where(present, g, jnp.inf))
+        multiplier = jnp.where(room > 0, jnp.vdot(y, g), least)
         rounding = jnp.vdot(jnp.abs(y), h) + h
-        rise = multiplier - g
+        rise = jnp.where(present, multiplier - g, 0)
         return divide(rise, rounding, rise)
 
     free, steps = _base.guess(lower, target, violation, max_steps)
     y = jnp.maximum(target(lower, free) - lower, 0)
     mass = jnp.vdot(a, y)
-    y = jnp.where(mass > 0, y * divide(room, mass), s * room / K)
+    even = jnp.where(present, s * divide(room, jnp.sum(present), room), 0)
+    y = jnp.where(mass > 0, y * divide(room, mass), even)
     x, steps = _base.active_set(lower + y, lower, target, violation, steps, max_steps)
 
     gap = jnp.maximum(jnp.max(violation(x)), 0)

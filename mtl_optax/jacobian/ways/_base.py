@@ -47,7 +47,12 @@ class Way:
 
     A subclass gives `measure` and `costs`; `rows` and `linear_maps` are for one that does not
     measure at the parameters. Nothing else in the library knows which way it has in hand.
+
+    Attributes:
+      at_parameters: whether the Gramian is that of the gradients of parameters.
     """
+
+    at_parameters = True
 
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian over the measured leaves.

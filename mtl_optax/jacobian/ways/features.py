@@ -18,6 +18,8 @@ class Features(Way):
 
     probe: LinearMap
 
+    at_parameters = False
+
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         rows = self.rows(layout, rows_of)

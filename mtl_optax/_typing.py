@@ -1,0 +1,11 @@
+"""What options may be."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax.typing import ArrayLike
+
+# One value for all tasks, K in their order, or a tree like the losses.
+TaskOption = ArrayLike | Sequence[Any] | Mapping[str, Any]
+# From the number of updates so far to a value.
+Schedule = Callable[[Any], ArrayLike]
