@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class Settings:
         for field, what in (("hidden", "width"), ("learning_rates", "learning rate")):
             if not getattr(self, field):
                 raise ValueError(f"{field} is empty, expected at least one {what}")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates are {self.learning_rates}, expected positive numbers")
         if self.steps % self.checkpoints:
             raise ValueError(
                 f"steps is {self.steps}, expected a multiple of checkpoints ({self.checkpoints}): "

@@ -1,19 +1,25 @@
 """Measures of a multi-task result: one number for K metrics."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Shaped
+
 
 def delta_m(
-    metrics: ArrayLike,
-    baseline: ArrayLike,
+    metrics: Shaped[ArrayLike, "*seeds K"],
+    baseline: Shaped[ArrayLike, "*_"],
     *,
     higher_is_better: bool | Sequence[bool] = True,
-) -> jax.Array:
+) -> Float[Array, "*seeds"]:
     r"""Mean relative gain over a baseline, in percent; positive is better than the baseline.
 
     .. math:: \Delta_m = \frac{100}{K} \sum_{k=1}^K (-1)^{l_k} \frac{M_k - B_k}{B_k}
@@ -59,7 +65,9 @@ def delta_m(
     return 100.0 * jnp.mean(gain / jnp.broadcast_to(jnp.abs(baseline), metrics.shape), axis=-1)
 
 
-def mean_rank(metrics: ArrayLike, *, higher_is_better: bool | Sequence[bool] = True) -> jax.Array:
+def mean_rank(
+    metrics: Shaped[ArrayLike, "M ... K"], *, higher_is_better: bool | Sequence[bool] = True
+) -> Float[Array, "M ..."]:
     r"""The rank of each method among M, averaged over the tasks; 1 is best.
 
     .. math:: R_m = \frac1K \sum_{k=1}^K \Big(1 + \#\{j : M_{jk} \succ M_{mk}\} +
@@ -97,8 +105,11 @@ def mean_rank(metrics: ArrayLike, *, higher_is_better: bool | Sequence[bool] = T
 
 
 def hypervolume(
-    points: ArrayLike, reference: ArrayLike, *, higher_is_better: bool | Sequence[bool] = True
-) -> jax.Array:
+    points: Shaped[ArrayLike, "N K"],
+    reference: Shaped[ArrayLike, " K"],
+    *,
+    higher_is_better: bool | Sequence[bool] = True,
+) -> Float[Array, ""]:
     r"""The volume that a set of points dominates, down to a reference point.
 
     .. math:: H = \mathrm{vol}\Big(\bigcup_{n=1}^N \prod_{k=1}^K [r_k, p_{nk}]\Big)

@@ -27,6 +27,10 @@ STRATEGIES = {
     "upgrad": lambda: mtl.upgrad(K),
     "graddrop": lambda: mtl.graddrop(K, key=jax.random.key(0)),
     "trimmed_mean": lambda: mtl.trimmed_mean(K),
+    "groups": lambda: mtl.partition(
+        {"upgrad": mtl.upgrad(K), "mgda": mtl.every(2, mtl.mgda(K))},
+        {"first": "upgrad", "second": "mgda"} | dict.fromkeys("abc", "mgda"),
+    ),
 }
 MODES = [{"rows": "batched"}, {"rows": "sequential"}, {"gramian": "columns"}, {"gramian": "ghost"}]
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
@@ -137,10 +141,11 @@ def runs(two_processes):
     for layout, shape in LAYOUTS.items():
         for strategy in ("plain", "uncertainty", "upgrad", "graddrop"):
             yield f"{layout} {strategy}", strategy, shape, {}, False
+    yield "both groups", "groups", LAYOUTS["both"], {}, False
     for modes in MODES:
         yield f"both upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False
     # What draws at random an entry draws other numbers for a shard than for the whole.
-    for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean"):
+    for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean", "groups"):
         yield f"shard_map {strategy}", strategy, LAYOUTS["both"], {}, True
     for modes in ({}, *MODES):
         yield f"explicit upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False

@@ -317,6 +317,7 @@ def test_batches_are_epochs_of_permutations():
         ({"seeds": 0}, "seeds is 0"),
         ({"hidden": ()}, "hidden is empty"),
         ({"learning_rates": ()}, "learning_rates is empty"),
+        ({"learning_rates": (0.1, -1.0)}, "expected positive numbers"),
     ],
 )
 def test_bad_settings_say_what_to_change(change, message):

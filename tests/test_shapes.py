@@ -16,7 +16,7 @@ J = jax.random.normal(jax.random.key(0), (3, 5))
 
 def checked(fn):
     """`fn` with its annotations, which are words for a type checker, checked at each call."""
-    names = {name: getattr(jaxtyping, name) for name in ("Array", "Bool", "Float")}
+    names = {name: getattr(jaxtyping, name) for name in ("Array", "Bool", "Float", "Int", "Shaped")}
     hints = {
         name: eval(hint, {**fn.__globals__, **names}) if isinstance(hint, str) else hint
         for name, hint in fn.__annotations__.items()
@@ -76,3 +76,18 @@ def test_solvers_take_and_return_the_shapes_of_their_signatures(name):
     assert solve(*good).x.ndim == 1
     with pytest.raises(jaxtyping.TypeCheckError):
         solve(*bad)
+
+
+def test_losses_and_metrics_take_and_return_the_shapes_of_their_signatures():
+    logits, labels = jnp.ones((2, 4, 3)), jnp.zeros((2, 4), jnp.int32)
+    softmax = checked(mtl.losses.softmax_focal_loss)
+    assert softmax(logits, labels).shape == (2, 4)
+    assert checked(mtl.losses.regression_focal_loss)(jnp.full((2, 5), 0.5)).shape == (2, 5)
+    assert checked(mtl.metrics.delta_m)(jnp.ones((4, 3)), jnp.ones(3)).shape == (4,)
+    assert checked(mtl.metrics.mean_rank)(jnp.ones((4, 2, 3))).shape == (4, 2)
+    hypervolume = checked(mtl.metrics.hypervolume)
+    assert hypervolume(jnp.ones((4, 2)), jnp.zeros(2)).shape == ()
+    with pytest.raises(jaxtyping.TypeCheckError):
+        softmax(logits, labels[0])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        hypervolume(jnp.ones((4, 2)), jnp.zeros(3))

@@ -1,25 +1,32 @@
 """Focal losses: spend the gradient of a task on the examples it still gets wrong."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from mtl_optax._numerics import wide
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 # Where the logarithmic base loss becomes its tangent: -log(1 - e) has an unbounded slope at e = 1.
 _LINEAR_FROM = 1.0 - 1e-3
 
 
 def softmax_focal_loss(
-    logits: jax.typing.ArrayLike,
-    labels: jax.typing.ArrayLike,
+    logits: Float[ArrayLike, "*batch C"],
+    labels: Int[ArrayLike, "*batch"],
     *,
-    gamma: jax.typing.ArrayLike = 2.0,
-    alpha: jax.typing.ArrayLike = 1.0,
-) -> jax.Array:
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike = 1.0,
+) -> Float[Array, "*batch"]:
     r"""Softmax cross-entropy that fades out on examples already classified well.
 
     .. math:: \ell = -\alpha_y (1 - p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(\text{logits})
@@ -79,11 +86,11 @@ def softmax_focal_loss(
 
 
 def regression_focal_loss(
-    errors: jax.typing.ArrayLike,
+    errors: Float[ArrayLike, "*batch"],
     *,
-    gamma: jax.typing.ArrayLike = 2.0,
-    base: str | Callable[[jax.Array], jax.Array] = "log",
-) -> jax.Array:
+    gamma: ArrayLike = 2.0,
+    base: Literal["log"] | Callable[[jax.Array], jax.Array] = "log",
+) -> Float[Array, "*batch"]:
     r"""Regression loss that fades out on examples already predicted well.
 
     The focal loss with p = 1 - e, for an error e that is normalised to [0, 1]:
@@ -160,7 +167,7 @@ def _negative_log_complement(errors: jax.Array) -> jax.Array:
     return inside + slope * jnp.maximum(errors - _LINEAR_FROM, 0.0)
 
 
-def _check_gamma(gamma: jax.typing.ArrayLike) -> jax.Array:
+def _check_gamma(gamma: ArrayLike) -> jax.Array:
     checked = jnp.asarray(gamma)
     if checked.ndim != 0:
         raise ValueError(f"gamma has shape {checked.shape}, expected a scalar")
