@@ -6,7 +6,7 @@
 | `_differentiate.py` | `value_and_jac`, `value_and_feature_jac`, `as_jacobian` |
 | `_arguments.py`, `_losses.py`, `_layout.py` | reading the call, the losses, the parameters |
 | `_program.py` | the linear program as a jaxpr: read, cut, transposed, compared |
-| `_linear_map.py`, `_given.py` | where rows come from: the program, or arrays |
+| `_linear_map.py`, `_mapped.py`, `_given.py` | where rows come from: programs or arrays |
 | `_rows.py` | what is done to rows at hand |
 | `ways/` | the ways to measure the Gramian, one file each |
 | `_opaque.py`, `_memo.py`, `_plan.py` | what keeps others out; what is kept; what is shown |

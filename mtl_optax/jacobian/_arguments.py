@@ -33,9 +33,9 @@ class Arguments:
         chosen, chosen_def = jax.tree.flatten([args[i] for i in positions], is_leaf=_is_module)
         others, others_def = jax.tree.flatten(
             ([None if i in positions else arg for i, arg in enumerate(args)], kwargs),
-            is_leaf=_is_object,
+            is_leaf=is_object,
         )
-        modules = [*filter(_is_module, chosen), *filter(_is_object, others)]
+        modules = [*filter(_is_module, chosen), *filter(is_object, others)]
         num_chosen = sum(map(_is_module, chosen))
         is_wanted = _variable_filter(wrt) if num_chosen else nnx.filterlib.Nothing()
 
@@ -57,7 +57,7 @@ class Arguments:
                 next(left) if _is_module(old) else x for x, old in zip(parts, chosen, strict=True)
             ]
             values, keywords = others_def.unflatten(
-                [next(left) if _is_object(x) else x for x in others]
+                [next(left) if is_object(x) else x for x in others]
             )
             for i, value in zip(positions, chosen_def.unflatten(parts), strict=True):
                 values[i] = value
@@ -133,7 +133,7 @@ def _is_module(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)  # modules, Rngs, metrics
 
 
-def _is_object(x: Any) -> bool:
+def is_object(x: Any) -> bool:
     """Whether a call may change it; a variable among the parameters is an array like others."""
     return isinstance(x, nnx.Pytree | nnx.Variable)
 

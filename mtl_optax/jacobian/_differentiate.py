@@ -14,7 +14,9 @@ from mtl_optax.jacobian._jacobian import Jacobian
 from mtl_optax.jacobian._layout import Layout, Mask, resolve_mask
 from mtl_optax.jacobian._linear_map import ROW_MODES, LinearMap, RowMode
 from mtl_optax.jacobian._losses import check_losses, check_reduced, flatten_losses, task_names
-from mtl_optax.jacobian.ways import Gramian, Rows, named
+from mtl_optax.jacobian._mapped import MappedMap, linearize_mapped
+from mtl_optax.jacobian.ways import Gramian, Rows, Way, named
+from mtl_optax.jacobian.ways.axis import Axis
 from mtl_optax.jacobian.ways.features import Features
 
 
@@ -23,6 +25,7 @@ def value_and_jac(
     *,
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
+    in_axes: Any = None,
     wrt: Any = None,
     shared: Mask | None = "auto",
     gramian_at: Mask | None = None,
@@ -46,6 +49,14 @@ def value_and_jac(
       argnums: which positional argument holds the parameters, or which several do; then the
         Jacobian is over their tuple. Static.
       has_aux: whether `loss_fn` returns `(losses, aux)`.
+      in_axes: as of `jax.vmap`, for tasks along an axis: `loss_fn` is written for one element, and
+        every element of the mapped axis is a task (times the losses that it returns). The risks of
+        single examples, `in_axes=(None, 0, 0)`; tasks, environments or domains with batches of
+        their own; heads stacked in one leaf, by 0 on that leaf of the parameters, which is then no
+        shared one. Since a task depends on its own slice alone, the K rows take about one plain
+        step, and so does `gramian="ghost"`, which forms none of them for dense layers. An array of
+        losses that you map yourself can't be told apart and takes K passes. Keyword arguments are
+        mapped over their first axis.
       wrt: which parameters are trained. Of nnx modules a filter, `nnx.Param` by default; else a
         tree of bools like the parameters (a prefix will do), or a function from the parameters to
         one, or None for all. The others are in no row and no Gramian, and their update is zero.
@@ -96,11 +107,17 @@ def value_and_jac(
     """
     _check_functions(loss_fn)
     _check_row_mode(rows)
-    way = named(gramian)
+    way = named(gramian) if in_axes is None else _along_an_axis(gramian)
 
     @functools.wraps(loss_fn)
     def value_and_jac_fn(*args, **kwargs):
         arguments = Arguments.of(args, kwargs, argnums, wrt)
+        if in_axes is not None:
+            losses, aux, linear_map = linearize_mapped(
+                loss_fn, args, kwargs, in_axes, argnums, wrt, has_aux
+            )
+            layout = _layout(arguments, losses, linear_map, shared, gramian_at, rows)
+            return (losses, *aux) if has_aux else losses, Jacobian(losses, linear_map, way, layout)
 
         def losses_of(leaves):
             result, changes = arguments.call(loss_fn, arguments.with_leaves(leaves))
@@ -287,7 +304,7 @@ def as_jacobian(grads: Any, losses: Any, *, shared: Mask | None = None) -> Jacob
 def _layout(
     arguments: Arguments,
     losses: Any,
-    linear_map: LinearMap,
+    linear_map: LinearMap | MappedMap,
     shared: Mask | None,
     gramian_at: Mask | None,
     row_mode: RowMode,
@@ -327,6 +344,16 @@ def _check_functions(*functions: Any) -> None:
                 f"got a {type(fn).__name__} in place of a function: pass the loss function itself, "
                 "as in mtl.value_and_jac(loss_fn)(params, batch), not the losses it returned"
             )
+
+
+def _along_an_axis(gramian: Gramian) -> Way:
+    ways = {"rows": Rows, "ghost": Axis}
+    if isinstance(gramian, Way) or gramian not in ways:
+        raise ValueError(
+            f"gramian={gramian!r} is not a way to the Gramian of tasks along an axis: expected one "
+            f"of {tuple(ways)}; all rows take one backward pass there"
+        )
+    return ways[gramian]()
 
 
 def _check_row_mode(mode: str) -> None:

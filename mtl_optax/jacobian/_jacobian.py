@@ -17,6 +17,7 @@ from mtl_optax.jacobian._given import GivenRows
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import LinearMap
 from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_losses
+from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
 from mtl_optax.jacobian._rows import scale_rows, scaled_products
@@ -50,7 +51,7 @@ class Jacobian:
     def __init__(
         self,
         losses: Any,
-        source: LinearMap | GivenRows,
+        source: LinearMap | MappedMap | GivenRows,
         way: Way,
         layout: Layout,
         *,

@@ -83,7 +83,8 @@ def plan(source: Any, way: Any, layout: Layout) -> Plan:
         if row.shared and stacked and touches[i] == layout.num_tasks:
             row = row._replace(
                 note=f"as many slices as tasks, taken as shared: if they are heads stacked in one "
-                f"leaf, say so by value_and_jac(shared=...) with False for {name!r}"
+                f"leaf, say so by value_and_jac(in_axes=...) with 0 for {name!r}, or shared="
+                "... with False"
             )
         elif not touches[i]:
             row = row._replace(note="no loss depends on it")

@@ -120,7 +120,7 @@ class Program:
     def touches(self) -> list[int]:
         """How many tasks each leaf touches, seen through calls and loops."""
         leaves = range(len(self.leaves))
-        reached = _reachable(self.jaxpr, [1 << i for i in leaves])
+        reached = reachable(self.jaxpr, [1 << i for i in leaves])
         sizes = [group.aval.size for group in self.groups]
         return [
             sum(size for size, mask in zip(sizes, reached, strict=True) if mask >> i & 1)
@@ -184,7 +184,7 @@ def transpose(
     """The transpose of a linear jaxpr: cotangents of its outputs to those of its inputs."""
     # The avals themselves: inside `shard_map` they say which mesh axes an input varies over.
     primals = [v.aval for v in jaxpr.invars]
-    linear = jax.linear_transpose(lambda *args: _evaluate(jaxpr, consts, *args), *primals)
+    linear = jax.linear_transpose(lambda *args: evaluate(jaxpr, consts, *args), *primals)
     return lambda cotangents: list(linear(list(cotangents)))
 
 
@@ -220,7 +220,8 @@ def forward_as_backward(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=[strict(eqn) for eqn in jaxpr.eqns])
 
 
-def _evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
+def evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
+    """What a jaxpr gives for the values of its constants and inputs."""
     inputs = [*equations.constvars, *equations.invars]
     jaxpr = new_jaxpr(inputs, equations.outvars, equations.eqns)
     return jex.jaxpr_as_fun(jaxpr)(*consts, *args)
@@ -279,7 +280,7 @@ def _sort_out(jaxpr: Equations, consts: list[Any]) -> tuple[Equations, list[Any]
     known = [v for eqn in constant for v in eqn.outvars if v in needed]
     values = []
     if known:
-        values = _evaluate(jaxpr.replace(eqns=constant, invars=[], outvars=known), consts)
+        values = evaluate(jaxpr.replace(eqns=constant, invars=[], outvars=known), consts)
     kept = [(v, c) for v, c in zip(jaxpr.constvars, consts, strict=True) if v in needed]
     constvars = [*(v for v, _ in kept), *known]
     return jaxpr.replace(eqns=rest, constvars=constvars), [*(c for _, c in kept), *values]
@@ -308,7 +309,7 @@ def _unstack_outputs(jaxpr: Equations) -> Equations:
     return jaxpr.replace(outvars=[piece for v in jaxpr.outvars for piece in pieces(v)])
 
 
-def _reachable(jaxpr: Any, masks: Sequence[int]) -> list[int]:
+def reachable(jaxpr: Any, masks: Sequence[int]) -> list[int]:
     """For each output, the union of the bit masks of the inputs it depends on."""
     env = dict(zip(jaxpr.invars, masks, strict=True))
 
@@ -337,21 +338,22 @@ def _through(eqn: Any, inputs: list[int]) -> list[int]:
         )
         carry = slice(sum(same) - num_carry, sum(same))
         while True:  # a carry feeds the next step's carry: the least fixed point
-            outputs = _reachable(body, inputs)
+            outputs = reachable(body, inputs)
             merged = [a | b for a, b in zip(inputs[carry], outputs[:num_carry], strict=True)]
             if merged == inputs[carry]:
                 return outputs
             inputs = [*inputs[: carry.start], *merged, *inputs[carry.stop :]]
     if name == "cond":
-        branches = [_reachable(body_of(branch), inputs[1:]) for branch in params["branches"]]
-        return [functools.reduce(operator.or_, masks) for masks in zip(*branches, strict=True)]
+        branches = [reachable(body_of(branch), inputs[1:]) for branch in params["branches"]]
+        # Which branch it is decides on all that comes out.
+        return [functools.reduce(operator.or_, m, inputs[0]) for m in zip(*branches, strict=True)]
     # jit, remat, custom_jvp_call and their like carry one body with the equation's own signature.
     body = body_of(params.get("jaxpr") or params.get("call_jaxpr"))
     if body is not None and (len(body.invars), len(body.outvars)) == (
         len(eqn.invars),
         len(eqn.outvars),
     ):
-        return _reachable(body, inputs)
+        return reachable(body, inputs)
     return mixed
 
 

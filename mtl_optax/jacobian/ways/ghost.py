@@ -70,7 +70,7 @@ class Ghost(Way):
 
         held = list(plain.values())
         products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
-        products, scales = _total([(products, scales), *self._shares(linear, taps, deltas)])
+        products, scales = total([(products, scales), *self._shares(linear, taps, deltas)])
         scales = jnp.where(jnp.diagonal(products) == 0, 0, scales * unit)
 
         def mixed(weights: jax.Array) -> dict[int, jax.Array]:
@@ -101,8 +101,8 @@ class Ghost(Way):
         num_tasks = linear.num_tasks
         return {
             leaf: uses
-            for leaf, uses in _find(linear.program, measured).items()
-            if self.tap_cost(uses, num_tasks) < _rows_cost(uses, num_tasks)
+            for leaf, uses in find(linear.program, measured).items()
+            if self.tap_cost(uses, num_tasks) < rows_cost(uses, num_tasks)
         }
 
     def tap_cost(self, uses: Uses, num_tasks: int) -> float:
@@ -129,8 +129,8 @@ class Ghost(Way):
         values = dict(zip(linear.program.jaxpr.constvars, linear.residuals, strict=True))
         left, shares = iter(deltas), []
         for leaf, uses in taps.items():
-            delta = _concatenate([_cotangents(next(left), use) for use in uses], axis=2)
-            x = _concatenate([_inputs(values[use.x], use) for use in uses], axis=1)
+            delta = _concatenate([cotangents(next(left), use) for use in uses], axis=2)
+            x = _concatenate([inputs(values[use.x], use) for use in uses], axis=1)
             shares.append(self.layer(leaf, uses, gathered(x), gathered(delta)))
         return shares
 
@@ -171,7 +171,7 @@ def _gradients(
     return gradients
 
 
-def _total(shares: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+def total(shares: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """The sum of Gramians diag(s) M diag(s), as one of them; all s are powers of two."""
     scales = functools.reduce(jnp.maximum, [s for _, s in shares])
     relative = [(M, divide(s, scales, s)) for M, s in shares]
@@ -179,7 +179,7 @@ def _total(shares: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ja
     return functools.reduce(jnp.add, products), scales
 
 
-def _find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
+def find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
     """The wanted leaves of which every use has the form of `Use`, with their uses."""
     jaxpr, constants = program.jaxpr, set(program.jaxpr.constvars)
     views: dict[Any, tuple[int, tuple[Any, ...]]] = {
@@ -249,7 +249,8 @@ def _use(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use |
 # How many multiplications the ways take.
 
 
-def _rows_cost(uses: Uses, num_tasks: int) -> float:
+def rows_cost(uses: Uses, num_tasks: int) -> float:
+    """Of the rows and their products."""
     e, _, c, f = uses[0].size
     n = sum(use.size[1] for use in uses)
     form = n * f if uses[0].x_dims is None else n * c * f
@@ -292,7 +293,7 @@ def _ghost_gramian(
     return (matrix + matrix.T) / 2, jnp.full(len(delta), unit)
 
 
-def _cotangents(rows: jax.Array, use: Use) -> jax.Array:
+def cotangents(rows: jax.Array, use: Use) -> jax.Array:
     """The cotangents of y as `(K, e, n, f)`."""
     e, n, _, f = use.size
     if use.output_first:
@@ -300,7 +301,7 @@ def _cotangents(rows: jax.Array, use: Use) -> jax.Array:
     return rows.reshape(len(rows), e, n, f)
 
 
-def _inputs(x: jax.Array, use: Use) -> jax.Array:
+def inputs(x: jax.Array, use: Use) -> jax.Array:
     """The inputs as `(e, n, c)`; of a look-up the indices, `(1, n, 1)`, -1 for none."""
     e, n, c, _ = use.size
     if use.x_dims is not None:

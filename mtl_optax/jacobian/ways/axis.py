@@ -1,0 +1,137 @@
+"""The Gramian of tasks along an axis, by one backward pass of the whole batch.
+
+Task i's weight gradient at a dense layer is the sum over its own rows, x_iᵀδ_i, so that
+
+    <x_iᵀδ_i, x_jᵀδ_j> = Σ_ab (x_ia · x_jb) (δ_ia · δ_jb),
+
+for one row a task the product, entry by entry, of two matrices A Aᵀ and D Dᵀ.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax._numerics import power_of_two, wide
+from mtl_optax.jacobian._layout import Layout
+from mtl_optax.jacobian._mapped import MappedMap
+from mtl_optax.jacobian._program import Program
+from mtl_optax.jacobian._rows import keep_rows, scaled_products
+from mtl_optax.jacobian.ways import ghost
+from mtl_optax.jacobian.ways._base import (
+    Cost,
+    Measurement,
+    RowsOf,
+    Way,
+    mix_rows,
+    product_cost,
+)
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Axis(Way):
+    """Dense layers and look-ups from inputs and cotangents, the other leaves from their rows."""
+
+    def measure(self, heads: Any, layout: Layout, rows_of: RowsOf) -> Measurement:
+        """The Gramian, see `Way`."""
+        del rows_of  # rows and cotangents come from one pass
+        linear: MappedMap = heads
+        taps = self._taps(linear, layout.measured)
+        uses = [use for found in taps.values() for use in found]
+        rows = jax.lax.optimization_barrier(_cut(linear, uses).rows(layout.row_mode))
+        plain = {i: rows[i] for i in layout.measured_leaves if i not in taps}
+        held, left = list(plain.values()), iter(rows[layout.num_leaves :])
+        products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
+        shares = [(products, scales)]
+        for found in taps.values():
+            delta = [ghost.cotangents(next(left), use) for use in found]
+            shares.append(_layer(linear, found, jnp.concatenate(delta, axis=2)))
+        products, scales = ghost.total(shares)
+        scales = jnp.where(jnp.diagonal(products) == 0, 0, scales)
+        return Measurement(products, scales, mix_rows(plain))
+
+    def costs(self, linear: Any, layout: Layout) -> dict[int, Cost]:
+        """What each measured leaf takes."""
+        taps, num_tasks = self._taps(linear, layout.measured), layout.num_tasks
+        costs = {}
+        for i in layout.measured_leaves:
+            aval = layout.leaf_avals[i]
+            costs[i] = product_cost("rows", num_tasks, aval, linear.forming[i])
+            if i in taps:
+                held = num_tasks * sum(use.y.aval.size for use in taps[i])
+                cost = int(_cost(taps[i], linear))
+                costs[i] = Cost("pairs of tasks", cost, held * aval.dtype.itemsize)
+        return costs
+
+    def _taps(self, linear: MappedMap, measured: Any) -> dict[int, ghost.Uses]:
+        wanted = [m and not s for m, s in zip(measured, linear.stacked, strict=True)]
+        return {
+            leaf: uses
+            for leaf, uses in ghost.find(linear.program, wanted).items()
+            if _cost(uses, linear) < ghost.rows_cost(uses, linear.num_tasks)
+        }
+
+
+def _cost(uses: ghost.Uses, linear: MappedMap) -> float:
+    e, _, c, f = uses[0].size
+    n = sum(use.size[1] for use in uses)
+    inputs = 1 if uses[0].x_dims is None else c
+    return e * n**2 * (linear.size**2 * inputs + linear.num_tasks**2 * f)
+
+
+def _cut(linear: MappedMap, uses: list[ghost.Use]) -> MappedMap:
+    """The map without the tapped equations, every y appended to its leaves."""
+    jaxpr, cut = linear.program.jaxpr, {id(use.steps[-1]) for use in uses}
+    program = Program(
+        jaxpr.replace(
+            eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in cut],
+            invars=[*jaxpr.invars, *(use.y for use in uses)],
+        )
+    )
+    stacked = (*linear.stacked, *(False for _ in uses))
+    return dataclasses.replace(linear, program=program, stacked=stacked)
+
+
+def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One leaf's share, as M and s of diag(s) M diag(s), from its cotangents `(K, e, n, f)`."""
+    values = dict(zip(linear.program.jaxpr.constvars, linear.residuals, strict=True))
+    axes = dict(zip(linear.program.jaxpr.constvars, linear.axes, strict=True))
+    size = linear.size
+
+    def inputs(use: ghost.Use) -> jax.Array:
+        each = jax.vmap(lambda x: ghost.inputs(x, use), axes[use.x], axis_size=size)
+        return each(values[use.x])
+
+    x = jnp.concatenate([inputs(use) for use in uses], axis=2)
+    if linear.present is not None:
+        x = keep_rows(x, jnp.any(linear.present.reshape(-1, size), axis=0))
+    delta = delta.astype(wide(delta.dtype))
+    scales = power_of_two(jnp.max(jnp.abs(delta), axis=(1, 2, 3), initial=0))
+    delta = delta / scales[:, None, None, None]
+    if uses[0].x_dims is None:
+        flat = x.reshape(size, -1)
+        alike = (flat[:, :, None, None] == flat[None, None]) & (flat >= 0)[:, :, None, None]
+        square, unit = alike.astype(delta.dtype)[None], jnp.ones((), delta.dtype)
+    else:
+        x = x.astype(delta.dtype)
+        unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
+        square = _gram(x / unit)
+    blocks = delta.shape[0] // size
+    pairs = _gram(delta)  # (e, K, n, K, n)
+    e, num_tasks, n = pairs.shape[:3]
+    pairs = pairs.reshape(e, blocks, size, n, blocks, size, n)
+    products = jnp.einsum("eiajb,eliamjb->limj", square, pairs, precision=_HIGHEST)
+    products = products.reshape(num_tasks, num_tasks)
+    return (products + products.T) / 2, scales * unit
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """Products of all rows, `(e, N, n, N, n)` of `(N, e, n, c)`."""
+    size, e, n, c = x.shape
+    flat = jnp.moveaxis(x, 1, 0).reshape(e, size * n, c)
+    products = jnp.matmul(flat, flat.mT, precision=_HIGHEST)
+    return products.reshape(e, size, n, size, n)
