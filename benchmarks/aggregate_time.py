@@ -2,7 +2,7 @@
 
 The whole update of a Jacobian of a million columns, where the products and the mixing of the rows
 dominate; and the K x K algebra alone, where TorchJD is handed the Gramian and ours makes it from a
-Jacobian of 2 K columns. Ours and TorchJD's take turns in one process.
+Jacobian of 2 K columns. Ours and TorchJD's take turns in one process. Of many tasks ours alone.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ STRATEGIES: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = 
     "pcgrad": lambda num_tasks: mtl.pcgrad(num_tasks, key=jax.random.key(0)),
 }
 AT_LENGTH = ("upgrad", "mgda")  # with a long Jacobian the rest differ from these by noise
+AT_MANY = ("upgrad", "dualproj", "mgda", "cagrad")
 TARGET, TARGET_GAP = 1.0, 1e-5
 
 
@@ -47,6 +48,8 @@ class Options:
     """Columns of the long Jacobians."""
     gramian_tasks: tuple[int, ...] = (32, 128)
     """Numbers of tasks where the Gramian is given."""
+    many_tasks: tuple[int, ...] = (64, 256, 512)
+    """Numbers of tasks where the Gramian is given to ours alone."""
     peers: bool = True
     """Whether TorchJD takes its turns, where it is installed."""
     rounds: int = 20
@@ -60,12 +63,13 @@ class Options:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """The results of every Jacobian, ready for JSON."""
     peer = timing.load_peer() if options.peers else None
-    sizes = [(K, options.columns, AT_LENGTH) for K in options.tasks]
-    sizes += [(K, 2 * K, tuple(STRATEGIES)) for K in options.gramian_tasks]
+    sizes = [(K, options.columns, AT_LENGTH, peer) for K in options.tasks]
+    sizes += [(K, 2 * K, tuple(STRATEGIES), peer) for K in options.gramian_tasks]
+    sizes += [(K, 2 * K, AT_MANY, None) for K in options.many_tasks]
     rows = []
-    for num_tasks, columns, names in sizes:
+    for num_tasks, columns, names, opponent in sizes:
         with console.status(f"{num_tasks} x {columns}"):
-            rows += _measure(num_tasks, columns, names, peer, options)
+            rows += _measure(num_tasks, columns, names, opponent, options)
     return {"settings": dataclasses.asdict(options), "rows": rows}
 
 
@@ -152,6 +156,7 @@ def _peers(
 def tables_of(results: dict[str, Any]) -> list[Cells]:
     """What was measured, and how far it is from the targets."""
     options = results["settings"]
+    peer = any(row["ratio"] is not None for row in results["rows"])
     body = []
     for row in results["rows"]:
         whole = row["columns"] == options["columns"]
@@ -170,11 +175,11 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
                 f"{row['strategy']}, {size}",
                 *(f"{1e3 * s:.2f}" for s in row["seconds"]),
                 *([] if ratio is None else [f"{ratio:.2f}"]),
+                *(["", ""] if peer and ratio is None else []),
                 "" if not row["gaps"] else " / ".join(f"{gap:.0e}" for gap in row["gaps"]),
                 ", ".join(missed) or "yes",
             ]
         )
-    peer = results["rows"][0]["ratio"] is not None
     header = ["aggregator", f"{OURS}, ms", *([f"{PEER}, ms", "ratio"] if peer else [])]
     header += ["gaps" if peer else "gap", "reached"]
     title = (

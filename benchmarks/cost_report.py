@@ -70,15 +70,16 @@ def draw_step_time(results: dict[str, Any]) -> Figure:
 
 
 def draw_aggregate_time(results: dict[str, Any]) -> Figure:
-    """Two bars a call, ours and TorchJD's, on a logarithmic scale."""
+    """A bar a call for ours and for TorchJD's where it took a turn, on a logarithmic scale."""
     rows = results["rows"]
     figure, (axis,) = _panels(1, round(1.6 * len(rows)))
     heights = np.arange(len(rows))
     for i, (framework, bar) in enumerate(BARS.items()):
-        seconds = [row["seconds"][i] for row in rows if i < len(row["seconds"])]
-        if seconds:
-            ms = 1e3 * np.array(seconds)
-            axis.barh(heights + 0.4 * i - 0.2, ms, 0.38, label=framework, log=True, **bar)
+        timed = [k for k, row in enumerate(rows) if i < len(row["seconds"])]
+        if timed:
+            ms = 1e3 * np.array([rows[k]["seconds"][i] for k in timed])
+            places = heights[timed] + 0.4 * i - 0.2
+            axis.barh(places, ms, 0.38, label=framework, log=True, **bar)
     names = [f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,}" for row in rows]
     axis.set_yticks(heights, names)
     axis.invert_yaxis()

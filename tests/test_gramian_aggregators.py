@@ -377,6 +377,39 @@ def test_counts_what_it_could_not_solve_and_recovers(factory, bad):
     assert np.all(np.isfinite(state.weights))
 
 
+# Many tasks: more than are solved for by factorisation.
+
+
+@pytest.mark.parametrize(
+    ("factory", "num_tasks"),
+    [(upgrad, 40), (dualproj, 140), (cagrad, 140)],
+    ids=["upgrad", "dualproj", "cagrad"],
+)
+def test_many_tasks_of_which_few_are_present_get_what_the_few_get(factory, num_tasks):
+    rng = np.random.default_rng(5)
+    rows = np.full((num_tasks, 60), np.nan, np.float32)
+    present = np.arange(num_tasks) % (num_tasks // 20) == 0
+    rows[present] = rng.standard_normal((np.sum(present), 60)) - 0.1
+    few = rows[present]
+    # A task that asks for nothing leaves CAGrad no direction that improves all.
+    few[3], few[7] = 0 if factory is upgrad else few[5], few[6]
+    few[8:12] *= 10.0 ** np.array([-4, -2, 2, 4])[:, None]
+    rows[present] = few
+    tx = factory(num_tasks)
+    update = jax.jit(
+        lambda rows, state, present: tx.update(
+            mtl.as_jacobian(rows, np.ones(num_tasks, np.float32)), state, present=present
+        )
+    )
+    got, state = update(rows, tx.init(None), present)
+    expected, _ = aggregate(factory, few)
+    assert state.fallbacks == 0
+    assert relative_error(got, expected) < 1e-5
+    _, state = update(rows, state, np.ones(num_tasks, bool))
+    assert state.fallbacks == 1
+    np.testing.assert_allclose(state.weights, 1 / num_tasks)
+
+
 # GradVac.
 
 

@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 
 from mtl_optax.solvers import nonnegative_qp
+from mtl_optax.solvers._block_pivoting import solve_together
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 K = 8
@@ -154,6 +155,126 @@ def test_shapes_are_checked(solver):
         solver(jnp.eye(3), jnp.ones(2))
     with pytest.raises(ValueError, match="max_steps is 0"):
         solver(jnp.eye(2), jnp.ones(2), max_steps=0)
+
+
+# Many programs of one matrix.
+
+
+def many_rows(kind, size, seed=0):
+    """(size, P) rows of unit length, or zero."""
+    rng = np.random.default_rng([seed, size])
+    normal = rng.standard_normal((size, 2 * size))
+    match kind:
+        case "normal":
+            rows = normal
+        case "square":
+            rows = normal[:, :size]
+        case "half the rank":
+            rows = normal[:, : size // 2]
+        case "rank 3":
+            rows = normal[:, :3]
+        case "duplicates":
+            rows = normal[rng.integers(0, size // 2, size)]
+        case "antiparallel":
+            rows = np.concatenate([normal[: size // 2], -normal[: size - size // 2]])
+        case "zero rows":
+            rows = normal * (rng.random((size, 1)) < 0.6)
+        case "nearly parallel":
+            rows = 0.01 * normal + normal[0]
+        case "conflicting":
+            rows = 0.05 * normal + rng.choice([-1, 1], (size, 1)) * normal[0]
+        case "badly scaled":
+            rows = normal * 10.0 ** rng.uniform(-6, 6, (size, 1))
+        case "decaying spectrum":
+            rows = normal / np.arange(1, 2 * size + 1)
+        case "ill-conditioned":
+            left, _, right = np.linalg.svd(normal, full_matrices=False)
+            rows = left * np.logspace(0, -4, size) @ right
+        case "per example":  # of a softmax regression of 5 classes on 20 features
+            wrong = rng.dirichlet(np.ones(5), size) - np.eye(5)[rng.integers(0, 5, size)]
+            rows = np.einsum("ki,kj->kij", normal[:, :20], wrong).reshape(size, -1)
+        case "zero":
+            rows = 0 * normal
+        case _:
+            raise ValueError(kind)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1)
+
+
+# Where rounding does not matter, and where the rounding of the Gramian is amplified.
+PLAIN = ("normal", "duplicates", "zero rows", "badly scaled", "per example", "nearly parallel")
+HARD = (
+    "square",
+    "half the rank",
+    "rank 3",
+    "antiparallel",
+    "conflicting",
+    "decaying spectrum",
+    "ill-conditioned",
+    "zero",
+)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", PLAIN + HARD)
+def test_many_programs_satisfy_the_optimality_conditions(kind, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        rows = many_rows(kind, 48).astype(dtype)
+        C = rows @ rows.T
+        solutions = jax.tree.map(np.asarray, compiled(solve_together)(C, C))
+    eps = np.finfo(dtype).eps
+    assert solutions.x.dtype == dtype
+    assert solutions.converged.all()
+    for x, q, reported in zip(solutions.x, C, solutions.residual, strict=True):
+        residual = kkt_residual(C, q, x)
+        assert residual <= 64 * eps
+        np.testing.assert_allclose(reported, residual, atol=4 * eps)
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_many_projections_agree_with_scipy(kind):
+    rows = many_rows(kind, 48)
+    single = rows.astype(np.float32)
+    C = single @ single.T
+    projected = rows + np.asarray(compiled(solve_together)(C, C).x, np.float64) @ rows
+    expected = [row + scipy.optimize.nnls(rows.T, -row)[0] @ rows for row in rows]
+    np.testing.assert_allclose(np.linalg.norm(projected - expected, axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["antiparallel", "rank 3"])
+def test_a_null_direction_of_many_rows_does_not_run_away(kind):
+    C = [many_rows(kind, 128, seed) for seed in range(3)]
+    for rows in C:
+        products = (rows @ rows.T).astype(np.float32)
+        solutions = compiled(solve_together)(products, products)
+        assert np.all(solutions.converged)
+        assert np.max(solutions.num_steps) <= 400
+        assert np.max(np.sum(solutions.x, axis=1)) < 1e4
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+def test_scaling_many_linear_terms_scales_the_solutions(power):
+    rows = many_rows("normal", 48).astype(np.float32)
+    C = rows @ rows.T
+    factors = np.where(np.arange(48) % 2 > 0, np.float32(2.0**power), 1)[:, None]
+    x = compiled(solve_together)(C, C).x
+    np.testing.assert_array_equal(compiled(solve_together)(C, factors * C).x, factors * x)
+
+
+def test_the_programs_that_have_no_solution_are_told_from_those_that_have():
+    rows = many_rows("normal", 48).astype(np.float32)
+    C = rows @ rows.T
+    q = C.copy()
+    q[3, 5], q[7, 0] = np.nan, np.inf
+    solutions = compiled(solve_together)(C, q)
+    np.testing.assert_array_equal(solutions.converged, ~np.isin(np.arange(48), [3, 7]))
+    assert np.all(np.isfinite(solutions.x))
+    assert not np.any(compiled(solve_together)(C * np.float32(np.nan), C).converged)
+    # Without a lower bound along (1, ..., 1), but for rounding.
+    flat = np.eye(48, dtype=np.float32) - np.float32(1 / 48)
+    solutions = compiled(solve_together)(flat, -np.eye(48, dtype=np.float32) - 1)
+    assert np.all(np.isfinite(solutions.x))
+    assert np.all(~solutions.converged | (np.sum(solutions.x, axis=1) > 1e6))
 
 
 # The equilibrium.

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import relative_norms, solved_aggregator
 from mtl_optax.links import check_choice, check_option
-from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
+from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 RESCALES = (None, "1+c", "1+c2")
 _MAX_STEPS = 50
@@ -117,7 +117,7 @@ def _weights(cosines, norms, radius, present):
         _, bound, _, _, steps = carry
         first = steps == 0
         # One call of the solver, for one copy of it in the program.
-        solution = nonnegative_qp(
+        solution = nonnegative_qp_of_cosines(
             cosines + jnp.where(first, ridge, 0) * eye,
             jnp.where(first, 0, slopes) - jnp.where(first, 1, bound) * ratios,
         )

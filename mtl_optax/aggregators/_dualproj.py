@@ -10,7 +10,7 @@ from mtl_optax.aggregators._base import (
     shares,
     solved_aggregator,
 )
-from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
+from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 
 def dualproj(
@@ -58,7 +58,7 @@ def dualproj(
         cosines, norms = jacobian.correlation()
         p = shares(preference, jacobian).astype(norms.dtype)
         relative = relative_norms(norms)
-        solution = nonnegative_qp(cosines, dot(cosines, p * relative))
+        solution = nonnegative_qp_of_cosines(cosines, dot(cosines, p * relative))
         return p + divide(solution.x, relative), solution.converged
 
     return solved_aggregator(num_tasks, solve)

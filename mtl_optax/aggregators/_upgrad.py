@@ -26,7 +26,8 @@ def upgrad(
 
     What limits it is the rounding of the Gramian: where rows oppose each other so nearly that their
     weighted sum cancels all but a share of :math:`10^{-3}`, float32 leaves conflicts of cosine
-    about :math:`-10^{-4}`.
+    about :math:`-10^{-4}`. From 32 tasks on the programs are solved side by side, by conjugate
+    gradients to the residual of the exact solver: a product of K x K matrices an iteration.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
