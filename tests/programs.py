@@ -862,7 +862,7 @@ def tapping(tap_all: bool) -> Iterator[None]:
     if not tap_all:
         yield
         return
-    with mock.patch.object(ghost, "_rows_cost", lambda *_: float("inf")):  # noqa: PT008
+    with mock.patch.object(ghost, "rows_cost", lambda *_: float("inf")):  # noqa: PT008
         yield
 
 

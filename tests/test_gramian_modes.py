@@ -19,7 +19,7 @@ WEIGHTS = jnp.array([0.3, -1.0, 2.0])
 @pytest.fixture(name="tap_all")
 def _tap_all(monkeypatch):
     """Taps every layer that has the form, also those that are too small to be worth it."""
-    monkeypatch.setattr(ghost, "_rows_cost", lambda uses, num_tasks: float("inf"))
+    monkeypatch.setattr(ghost, "rows_cost", lambda uses, num_tasks: float("inf"))
 
 
 # Losses of one trunk layer W each: (parameters, features (4, 5, 6) of it, the shape of W).

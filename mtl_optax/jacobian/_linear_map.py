@@ -261,18 +261,23 @@ class Heads:
         met = {v: at[i] for v, at in zip(parts.meets, self.at_trunk, strict=True) if i in at}
         if not met:
             return [None] * len(self._program.leaves)
-        # A slice holds no operation of another task, so 0 * NaN can't reach these rows.
+        # A slice holds no operation of another task, so 0 * NaN can't reach these rows. It is
+        # transposed for the leaves that it reads: of many heads each reads its own.
         slice_ = _program.cut(parts.trunk, list(met))
-        pull, cotangents = self.linear._transpose(slice_), list(met.values())
+        read = all_read(slice_)
+        leaves = [leaf for leaf in self._program.leaves if leaf in read]
+        pull = self.linear._transpose(slice_.replace(invars=leaves))
+        cotangents = list(met.values())
         if len(self._program.tasks[i]) == 1:
             rows = [row[None] for row in pull([c[0] for c in cotangents])]
         else:
             rows = jax.vmap(pull)(cotangents)
-        return self._known(rows, slice_)
+        known = dict(zip(leaves, rows, strict=True))
+        return [known.get(leaf) for leaf in self._program.leaves]
 
-    def _known(self, values: Sequence[jax.Array], jaxpr: Any = None) -> list[jax.Array | None]:
-        """None for the leaves that a part of the program does not read: their rows are zero."""
-        read = all_read(self._program.parts.trunk if jaxpr is None else jaxpr)
+    def _known(self, values: Sequence[jax.Array]) -> list[jax.Array | None]:
+        """None for the leaves that the trunk does not read: their rows are zero."""
+        read = all_read(self._program.parts.trunk)
         pairs = zip(self._program.leaves, values, strict=True)
         return [value if leaf in read else None for leaf, value in pairs]
 
@@ -287,14 +292,19 @@ class Heads:
         if not known:
             return None
 
-        def rows(i: int) -> jax.Array:
+        def zeros(count: int) -> jax.Array:
+            zero = jnp.zeros_like(known[0])[:1]  # split over devices as it is
+            return jnp.broadcast_to(zero, (count, *zero.shape[1:]))
+
+        rows, missing = [], 0  # a head's rows are zero but for its own
+        for i, tasks in enumerate(self._program.tasks):
             block = blocks.get(i)
             if block is None:
-                zeros = jnp.zeros_like(known[0])[:1]  # split over devices as it is
-                return jnp.broadcast_to(zeros, (len(self._program.tasks[i]), *zeros.shape[1:]))
-            return block
-
-        return jnp.concatenate([rows(i) for i in range(len(self._program.tasks))])
+                missing += len(tasks)
+                continue
+            rows += [zeros(missing), block] if missing else [block]
+            missing = 0
+        return jnp.concatenate([*rows, zeros(missing)] if missing else rows)
 
 
 def one_by_one(fn: Callable) -> Callable:
