@@ -49,3 +49,7 @@ def is_jaxpr(value: Any) -> bool:
 def body_of(jaxpr: Any) -> Any:
     """The jaxpr of a closed one; which of the two an equation holds depends on the version."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+# Up to JAX 0.9 a scan says itself which of its inputs are linear, and only JAX can say so.
+SCANS_FLAG_LINEAR_INPUTS = jax.__version_info__ < (0, 10)

@@ -184,7 +184,7 @@ def transpose(
     """The transpose of a linear jaxpr: cotangents of its outputs to those of its inputs."""
     # The avals themselves: inside `shard_map` they say which mesh axes an input varies over.
     primals = [v.aval for v in jaxpr.invars]
-    linear = jax.linear_transpose(lambda *args: _evaluate(jaxpr, consts, *args), *primals)
+    linear = jax.linear_transpose(lambda *args: evaluate(jaxpr, consts, *args), *primals)
     return lambda cotangents: list(linear(list(cotangents)))
 
 
@@ -220,7 +220,8 @@ def forward_as_backward(jaxpr: Any) -> Any:
     return jaxpr.replace(eqns=[strict(eqn) for eqn in jaxpr.eqns])
 
 
-def _evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
+def evaluate(equations: Equations, consts: Sequence[Any], *args: Any) -> list[Any]:
+    """The values of its outputs."""
     inputs = [*equations.constvars, *equations.invars]
     jaxpr = new_jaxpr(inputs, equations.outvars, equations.eqns)
     return jex.jaxpr_as_fun(jaxpr)(*consts, *args)
@@ -279,7 +280,7 @@ def _sort_out(jaxpr: Equations, consts: list[Any]) -> tuple[Equations, list[Any]
     known = [v for eqn in constant for v in eqn.outvars if v in needed]
     values = []
     if known:
-        values = _evaluate(jaxpr.replace(eqns=constant, invars=[], outvars=known), consts)
+        values = evaluate(jaxpr.replace(eqns=constant, invars=[], outvars=known), consts)
     kept = [(v, c) for v, c in zip(jaxpr.constvars, consts, strict=True) if v in needed]
     constvars = [*(v for v, _ in kept), *known]
     return jaxpr.replace(eqns=rest, constvars=constvars), [*(c for _, c in kept), *values]
@@ -317,11 +318,11 @@ def _reachable(jaxpr: Any, masks: Sequence[int]) -> list[int]:
 
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
-        env.update(zip(eqn.outvars, _through(eqn, inputs), strict=True))
+        env.update(zip(eqn.outvars, through(eqn, inputs), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _through(eqn: Any, inputs: list[int]) -> list[int]:
+def through(eqn: Any, inputs: list[int]) -> list[int]:
     """Masks of an equation's outputs; what can't be looked into mixes all its inputs."""
     name, params = eqn.primitive.name, eqn.params
     union = functools.reduce(operator.or_, inputs, 0)
