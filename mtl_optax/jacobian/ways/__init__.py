@@ -9,7 +9,12 @@ from mtl_optax.jacobian.ways.rows import Rows
 from mtl_optax.jacobian.ways.streamed import Streamed
 
 Gramian = Literal["rows", "ghost", "columns", "streamed"] | Way
-NAMED: dict[str, type[Way]] = {"rows": Rows, "ghost": Ghost, "columns": Columns, "streamed": Streamed}
+NAMED: dict[str, type[Way]] = {
+    "rows": Rows,
+    "ghost": Ghost,
+    "columns": Columns,
+    "streamed": Streamed,
+}
 
 
 def named(gramian: Gramian) -> Way:

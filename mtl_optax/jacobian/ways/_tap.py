@@ -123,9 +123,7 @@ ad.primitive_transposes[_tap_p] = _transpose
 mlir.register_lowering(_tap_p, mlir.lower_fun(_zeros, multiple_results=False))
 
 
-def layer_of(
-    eqn: Any, w: Any, num_tasks: int, dtype: Any
-) -> tuple[Layer, Any] | None:
+def layer_of(eqn: Any, w: Any, num_tasks: int, dtype: Any) -> tuple[Layer, Any] | None:
     """The layer y = x W that an equation is and its x, where its ghost is the cheaper way."""
     x = {v for v in eqn.invars if isinstance(v, jex.Var) and v is not w}
     use = ghost.use_of(eqn, w, (), x)

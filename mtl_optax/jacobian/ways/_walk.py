@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._compat import SCANS_FLAG_LINEAR_INPUTS, body_of
+from mtl_optax._compat import SCANS_FLAG_LINEAR_INPUTS, body_of, scan_counts
 from mtl_optax.jacobian._program import ISOMETRIES, Equations, evaluate, is_var, through, variables
 from mtl_optax.jacobian.ways._base import Cost
 from mtl_optax.jacobian.ways._tap import Layer, forming, layer_of, tap, zeros
@@ -131,7 +131,9 @@ class Walk:
                 return _typed(self._cond(eqn, values, hole), masks)
             if not self._is_kept(eqn, values):
                 return _typed(self._scan(eqn, values, hole), masks)
-        arrays = {v: _array(x, v.aval) for v, x in zip(eqn.invars, values, strict=True) if is_var(v)}
+        arrays = {
+            v: _array(x, v.aval) for v, x in zip(eqn.invars, values, strict=True) if is_var(v)
+        }
         one = Equations([], [*arrays], eqn.outvars, [eqn])
         return _typed(evaluate(one, [], *arrays.values()), masks)
 
@@ -196,8 +198,7 @@ class Walk:
 
     def _scan(self, eqn: Any, values: Any, hole: jax.Array) -> list[jax.Array]:
         params, body_avals = eqn.params, [v.aval for v in body_of(eqn.params["jaxpr"]).invars]
-        consts_end = params["num_consts"]
-        carry_end = consts_end + params["num_carry"]
+        consts_end, carry_end = itertools.accumulate(scan_counts(params))
         inits = [
             Live(_array(x, aval)) if _mask(x) else x
             for x, aval in zip(values[consts_end:carry_end], body_avals[consts_end:], strict=False)
@@ -244,18 +245,17 @@ class Walk:
 
     def _opens(self, eqn: Any, place: int, env: dict[Any, Any]) -> bool:
         """Whether a parameter that is an input of a call can be tapped inside of it."""
-        params = eqn.params
         if eqn.primitive.name == "cond":
             return place > 0
         if eqn.primitive.name != "scan":
             return True
         values = [env[v] if is_var(v) else v.val for v in eqn.invars]
-        is_scanned = place >= params["num_consts"] + params["num_carry"]
+        is_scanned = place >= sum(scan_counts(eqn.params))
         return is_scanned and not self._is_kept(eqn, values)
 
     def _is_kept(self, eqn: Any, values: Sequence[Any]) -> bool:
         """Whether a scan has to stay the equation that it is, for JAX to know what is linear."""
-        xs = values[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+        xs = values[sum(scan_counts(eqn.params)) :]
         flagged = SCANS_FLAG_LINEAR_INPUTS and not self._in_checkpoint
         return flagged and any(isinstance(x, Live) for x in xs)
 
