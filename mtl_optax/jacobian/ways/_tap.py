@@ -105,12 +105,11 @@ def _row(layer: Layer) -> Any:
         return jnp.zeros(layer.num_tasks, layer.dtype)
 
     @row.def_vmap
-    def rows(size, is_mapped, task, cotangents, *residuals):
+    def rows(size, mapped, task, cotangents, *residuals):
         # The index is mapped over tasks alone, so this is never an axis of the user's.
-        assert size == layer.num_tasks and is_mapped[0]
-        del task
-        if not is_mapped[1]:  # what is every task's cotangent is 0
-            return jnp.zeros((size, size), layer.dtype), True
+        del size, task
+        if not mapped[1]:  # what is every task's cotangent is 0
+            return jnp.zeros((layer.num_tasks,) * 2, layer.dtype), True
         return layer.products(cotangents, [*residuals]), True
 
     return row

@@ -199,9 +199,16 @@ class Walk:
     def _scan(self, eqn: Any, values: Any, hole: jax.Array) -> list[jax.Array]:
         params, body_avals = eqn.params, [v.aval for v in body_of(eqn.params["jaxpr"]).invars]
         consts_end, carry_end = itertools.accumulate(scan_counts(params))
+        # A carry that starts as a constant may depend on the hole a turn later.
+        carry_masks = through(eqn, [*map(_mask, values)])[: carry_end - consts_end]
         inits = [
-            Live(_array(x, aval)) if _mask(x) else x
-            for x, aval in zip(values[consts_end:carry_end], body_avals[consts_end:], strict=False)
+            Live(_array(x, aval)) if mask or _mask(x) else x
+            for x, aval, mask in zip(
+                values[consts_end:carry_end],
+                body_avals[consts_end:carry_end],
+                carry_masks,
+                strict=True,
+            )
         ]
         places = [*values[:consts_end], *inits, *values[carry_end:]]
         body = self._body(params["jaxpr"], places, params["length"])
