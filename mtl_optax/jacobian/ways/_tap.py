@@ -60,7 +60,9 @@ class Layer:
             return contract(rows, rows, (axes, axes)).astype(self.dtype)
         x = ghost.inputs_of(gathered(residuals[0]), self.use)
         delta = ghost.cotangents_of(gathered(cotangents), self.use)
-        products, scales = ghost.ghost_products(x, delta, is_lookup=self.use.x_dims is None)
+        products, scales = ghost.ghost_products(
+            x, delta, is_lookup=self.use.x_dims is None, in_turn=False
+        )
         products = products * (scales[:, None] * scales[None, :])
         return over_shards(jax.lax.psum, products).astype(self.dtype)
 

@@ -99,7 +99,7 @@ class Walk:
     def arrays(
         self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], hole: jax.Array
     ) -> list[jax.Array]:
-        """The same as arrays."""
+        """The same, as arrays."""
         outs = self.run(jaxpr, consts, args, hole)
         return [_array(out, v.aval) for out, v in zip(outs, jaxpr.outvars, strict=True)]
 
@@ -181,17 +181,7 @@ class Walk:
 
         def branch(closed: Any) -> Callable:
             body = self._body(closed, values)
-
-            def run(constant, live, hole):
-                rest, living = iter(constant), iter(live)
-                arrays = [
-                    next(living if isinstance(x, Live) else rest)
-                    for x in values
-                    if isinstance(x, Live) or not _mask(x)
-                ]
-                return body(hole, arrays)
-
-            return run
+            return lambda constant, live, hole: body(hole, _merge(values, constant, live))
 
         branches = [branch(closed) for closed in eqn.params["branches"]]
         return jax.lax.switch(index, branches, constant, live, hole)
@@ -210,11 +200,10 @@ class Walk:
                 strict=True,
             )
         ]
-        places = [*values[:consts_end], *inits, *values[carry_end:]]
-        body = self._body(params["jaxpr"], places, params["length"])
+        consts, xs = values[:consts_end], values[carry_end:]
+        body = self._body(params["jaxpr"], [*consts, *inits, *xs], params["length"])
         # JAX transposes a `scan` whose linear inputs come first, and whose constants are not
         # linear. So a linear constant is carried, times 1: what is carried unchanged is constant.
-        consts, xs = values[:consts_end], values[carry_end:]
         constant = [x for x in consts if not _mask(x)]
         carried = [x.array for x in consts if isinstance(x, Live)]
         scanned = [x.array for x in xs if isinstance(x, Live)]
@@ -222,20 +211,8 @@ class Walk:
 
         def step(carry, slices):
             hole, carried, state = carry
-            sources = iter(carried), iter(constant), iter(state), iter(slices[0]), iter(slices[1])
-            arrays = []
-            for i, x in enumerate(places):
-                if x is ZERO or isinstance(x, View):
-                    continue
-                is_live = isinstance(x, Live)
-                if i < consts_end:
-                    source = sources[0] if is_live else sources[1]
-                elif i < carry_end:
-                    source = sources[2]
-                else:
-                    source = sources[3] if is_live else sources[4]
-                arrays.append(next(source))
-            outs = body(hole, arrays)
+            args = [*_merge(consts, constant, carried), *state, *_merge(xs, slices[1], slices[0])]
+            outs = body(hole, args)
             state, ys = outs[: len(inits)], outs[len(inits) :]
             return (hole * 1, [x * 1 for x in carried], state), ys
 
@@ -309,6 +286,13 @@ def _arrays(values: Sequence[Any]) -> list[Any]:
     """The arrays among some values."""
     known = [x for x in values if x is not ZERO and not isinstance(x, View)]
     return [x.array if isinstance(x, Live) else x for x in known]
+
+
+def _merge(values: Sequence[Any], constant: Sequence[Any], live: Sequence[Any]) -> list[Any]:
+    """The arrays among some values, in their order, from those of either kind."""
+    constants, lives = iter(constant), iter(live)
+    known = [x for x in values if x is not ZERO and not isinstance(x, View)]
+    return [next(lives if isinstance(x, Live) else constants) for x in known]
 
 
 def _like(value: Any, arrays: Any) -> Any:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
-from mtl_optax.jacobian._linear_map import Heads, LinearMap
+from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
 from mtl_optax.jacobian._program import ISOMETRIES, Program, fed, is_var, variables
 from mtl_optax.jacobian._rows import gathered, mix, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
@@ -271,9 +271,13 @@ def ghost_cost(uses: Uses, num_tasks: int) -> float:
 
 
 def ghost_products(
-    x: jax.Array, delta: jax.Array, *, is_lookup: bool
+    x: jax.Array, delta: jax.Array, *, is_lookup: bool, in_turn: bool = True
 ) -> tuple[jax.Array, jax.Array]:
-    """M and s of a layer's share, diag(s) M diag(s), of its inputs and cotangents (`layer`)."""
+    """M and s of a layer's share, diag(s) M diag(s), of its inputs and cotangents (`layer`).
+
+    With `in_turn` a task at a time: faster on a CPU, but around a loop XLA orders layers so that
+    all their cotangents are held.
+    """
     delta = delta.astype(wide(delta.dtype))
     if is_lookup:
         # Row n of a look-up is a unit vector, or 0 where its index is -1: out of bounds.
@@ -288,7 +292,8 @@ def ghost_products(
     def gramian(square: jax.Array, delta: jax.Array) -> jax.Array:
         # One product at a time and one for all pairs: on CPU a contraction of several axes at once,
         # or products of vectors, cost several times as much.
-        mixed = jax.lax.map(lambda one: jnp.matmul(square, one, precision=_HIGHEST), delta)
+        mix_one = lambda one: jnp.matmul(square, one, precision=_HIGHEST)  # noqa: E731
+        mixed = (one_by_one if in_turn else jax.vmap)(mix_one)(delta)
         flat = (len(delta), math.prod(delta.shape[1:]))
         return jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=_HIGHEST)
 
