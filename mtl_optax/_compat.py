@@ -49,3 +49,15 @@ def is_jaxpr(value: Any) -> bool:
 def body_of(jaxpr: Any) -> Any:
     """The jaxpr of a closed one; which of the two an equation holds depends on the version."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+# Up to JAX 0.9 a scan says itself which of its inputs are linear, and only JAX can say so.
+SCANS_FLAG_LINEAR_INPUTS = jax.__version_info__ < (0, 10)
+
+
+def scan_counts(params: Any) -> tuple[int, int]:
+    """How many inputs of a `scan` equation are its constants, and how many are carried."""
+    if "ft_in" not in params:  # up to JAX 0.11
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len([*consts]), len([*carry])

@@ -850,12 +850,14 @@ WAYS = {
     "ghost": ("ghost", False),
     "ghost, all tapped": ("ghost", True),
     "columns": ("columns", False),
+    "streamed": ("streamed", False),
+    "streamed, all tapped": ("streamed", True),
 }
 
 
 @contextlib.contextmanager
 def tapping(tap_all: bool) -> Iterator[None]:
-    """Makes `gramian="ghost"` tap every layer that has the form, also where that costs more.
+    """Makes a way by ghosts tap every layer that has the form, also where that costs more.
 
     The one place that knows how the library chooses.
     """
@@ -889,7 +891,8 @@ class Options:
             chosen[make.rng.integers(len(leaves))] = True
             return jax.tree.unflatten(jax.tree.structure(program.params), list(map(bool, chosen)))
 
-        modes = [*make.rng.permutation(ROW_MODES), make.choice(ROW_MODES)]
+        others = len(WAYS) - len(ROW_MODES)
+        modes = [*make.rng.permutation(ROW_MODES), *(make.choice(ROW_MODES) for _ in range(others))]
         vectors = {"w": make.normal(k), "s": make.normal(k), "mask": make.rng.random(k) < 0.6}
         return cls(
             modes=dict(zip(WAYS, map(str, modes), strict=True)),

@@ -32,7 +32,13 @@ STRATEGIES = {
         {"first": "upgrad", "second": "mgda"} | dict.fromkeys("abc", "mgda"),
     ),
 }
-MODES = [{"rows": "batched"}, {"rows": "sequential"}, {"gramian": "columns"}, {"gramian": "ghost"}]
+MODES = [
+    {"rows": "batched"},
+    {"rows": "sequential"},
+    {"gramian": "columns"},
+    {"gramian": "ghost"},
+    {"gramian": "streamed"},
+]
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 EXAMPLES = P(("data", "fsdp"))  # each device has its own, wherever the parameters are
 

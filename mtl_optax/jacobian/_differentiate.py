@@ -79,6 +79,9 @@ def value_and_jac(
         from its rows; chosen layer by layer, by counted cost. Exact, but its rounding error is that
         of the sum over pairs of examples, eps :math:`(\sum_b \|x_b\| \|\delta_b\| /
         \|x^\top\delta\|)^2`: prefer `"rows"` where a large batch's gradient nearly cancels.
+        `"streamed"`: each layer's share is added as the K cotangents pass it, by ghost or by that
+        layer's rows, inside `lax.scan`, `jax.checkpoint`, `jit`, `cond` and views of stacked
+        parameters too: one layer is held at a time, for deep models as they are written.
         `"columns"`: :math:`G e_j = J (J^\top e_j)`, one pass back and one forth a task, for models
         of which two rows do not fit. Or a `Sketch`, an approximate ghost.
 

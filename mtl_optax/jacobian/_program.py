@@ -318,11 +318,11 @@ def reachable(jaxpr: Any, masks: Sequence[int]) -> list[int]:
 
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
-        env.update(zip(eqn.outvars, _through(eqn, inputs), strict=True))
+        env.update(zip(eqn.outvars, through(eqn, inputs), strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
-def _through(eqn: Any, inputs: list[int]) -> list[int]:
+def through(eqn: Any, inputs: list[int]) -> list[int]:
     """Masks of an equation's outputs; what can't be looked into mixes all its inputs."""
     name, params = eqn.primitive.name, eqn.params
     union = functools.reduce(operator.or_, inputs, 0)

@@ -6,9 +6,15 @@ from mtl_optax.jacobian.ways._base import Measurement, Way
 from mtl_optax.jacobian.ways.columns import Columns
 from mtl_optax.jacobian.ways.ghost import Ghost
 from mtl_optax.jacobian.ways.rows import Rows
+from mtl_optax.jacobian.ways.streamed import Streamed
 
-Gramian = Literal["rows", "ghost", "columns"] | Way
-NAMED: dict[str, type[Way]] = {"rows": Rows, "ghost": Ghost, "columns": Columns}
+Gramian = Literal["rows", "ghost", "columns", "streamed"] | Way
+NAMED: dict[str, type[Way]] = {
+    "rows": Rows,
+    "ghost": Ghost,
+    "columns": Columns,
+    "streamed": Streamed,
+}
 
 
 def named(gramian: Gramian) -> Way:

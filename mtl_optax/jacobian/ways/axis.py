@@ -48,7 +48,7 @@ class Axis(Way):
         products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
         shares = [(products, scales)]
         for found in taps.values():
-            delta = [ghost.cotangents(next(left), use) for use in found]
+            delta = [ghost.cotangents_of(next(left), use) for use in found]
             shares.append(_layer(linear, found, jnp.concatenate(delta, axis=2)))
         products, scales = ghost.total(shares)
         scales = jnp.where(jnp.diagonal(products) == 0, 0, scales)
@@ -103,7 +103,7 @@ def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.A
     size = linear.size
 
     def inputs(use: ghost.Use) -> jax.Array:
-        each = jax.vmap(lambda x: ghost.inputs(x, use), axes[use.x], axis_size=size)
+        each = jax.vmap(lambda x: ghost.inputs_of(x, use), axes[use.x], axis_size=size)
         return each(values[use.x])
 
     x = jnp.concatenate([inputs(use) for use in uses], axis=2)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
-from mtl_optax.jacobian._linear_map import Heads, LinearMap
+from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
 from mtl_optax.jacobian._program import ISOMETRIES, Program, fed, is_var, variables
 from mtl_optax.jacobian._rows import gathered, mix, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
@@ -121,7 +121,7 @@ class Ghost(Way):
           delta: their cotangents `(K, e, n, f)`.
         """
         del leaf
-        return _ghost_gramian(x, delta, is_lookup=uses[0].x_dims is None)
+        return ghost_products(x, delta, is_lookup=uses[0].x_dims is None)
 
     def _shares(
         self, linear: LinearMap, taps: dict[int, Uses], deltas: Sequence[jax.Array]
@@ -129,8 +129,8 @@ class Ghost(Way):
         values = dict(zip(linear.program.jaxpr.constvars, linear.residuals, strict=True))
         left, shares = iter(deltas), []
         for leaf, uses in taps.items():
-            delta = _concatenate([cotangents(next(left), use) for use in uses], axis=2)
-            x = _concatenate([inputs(values[use.x], use) for use in uses], axis=1)
+            delta = _concatenate([cotangents_of(next(left), use) for use in uses], axis=2)
+            x = _concatenate([inputs_of(values[use.x], use) for use in uses], axis=1)
             shares.append(self.layer(leaf, uses, gathered(x), gathered(delta)))
         return shares
 
@@ -196,7 +196,7 @@ def find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
         for v in read:
             leaf, steps = views[v]
             # What feeds some tasks alone could carry their NaN into the products of the others.
-            use = _use(eqn, v, steps, constants) if len(read) == 1 else None
+            use = use_of(eqn, v, steps, constants) if len(read) == 1 else None
             if use is None or fed(eqn, program.feeds).bit_count() < program.num_tasks:
                 other.add(leaf)
             else:
@@ -208,7 +208,8 @@ def find(program: Program, wanted: Sequence[bool]) -> dict[int, Uses]:
     }
 
 
-def _use(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use | None:
+def use_of(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use | None:
+    """The use y = x W that an equation makes of W, which `steps` lead to; None for another form."""
     if eqn.primitive.name not in ("dot_general", "gather"):
         return None
     side = eqn.invars.index(w)
@@ -249,6 +250,11 @@ def _use(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use |
 # How many multiplications the ways take.
 
 
+def is_cheaper(uses: Uses, num_tasks: int) -> bool:
+    """Whether the products of a layer take less by the ghost's identity than by its rows."""
+    return ghost_cost(uses, num_tasks) < rows_cost(uses, num_tasks)
+
+
 def rows_cost(uses: Uses, num_tasks: int) -> float:
     """Of the rows and their products."""
     e, _, c, f = uses[0].size
@@ -265,9 +271,14 @@ def ghost_cost(uses: Uses, num_tasks: int) -> float:
     return e * (square + num_tasks * n * f * (n + num_tasks))
 
 
-def _ghost_gramian(
-    x: jax.Array, delta: jax.Array, *, is_lookup: bool
+def ghost_products(
+    x: jax.Array, delta: jax.Array, *, is_lookup: bool, in_turn: bool = True
 ) -> tuple[jax.Array, jax.Array]:
+    """M and s of a layer's share, diag(s) M diag(s), of its inputs and cotangents (`layer`).
+
+    With `in_turn` a task at a time: faster on a CPU, but around a loop XLA orders layers so that
+    all their cotangents are held.
+    """
     delta = delta.astype(wide(delta.dtype))
     if is_lookup:
         # Row n of a look-up is a unit vector, or 0 where its index is -1: out of bounds.
@@ -282,7 +293,8 @@ def _ghost_gramian(
     def gramian(square: jax.Array, delta: jax.Array) -> jax.Array:
         # One product at a time and one for all pairs: on CPU a contraction of several axes at once,
         # or products of vectors, cost several times as much.
-        mixed = jax.lax.map(lambda one: jnp.matmul(square, one, precision=_HIGHEST), delta)
+        mix_one = lambda one: jnp.matmul(square, one, precision=_HIGHEST)  # noqa: E731
+        mixed = (one_by_one if in_turn else jax.vmap)(mix_one)(delta)
         flat = (len(delta), math.prod(delta.shape[1:]))
         return jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=_HIGHEST)
 
@@ -293,7 +305,7 @@ def _ghost_gramian(
     return (matrix + matrix.T) / 2, jnp.full(len(delta), unit)
 
 
-def cotangents(rows: jax.Array, use: Use) -> jax.Array:
+def cotangents_of(rows: jax.Array, use: Use) -> jax.Array:
     """The cotangents of y as `(K, e, n, f)`."""
     e, n, _, f = use.size
     if use.output_first:
@@ -301,7 +313,7 @@ def cotangents(rows: jax.Array, use: Use) -> jax.Array:
     return rows.reshape(len(rows), e, n, f)
 
 
-def inputs(x: jax.Array, use: Use) -> jax.Array:
+def inputs_of(x: jax.Array, use: Use) -> jax.Array:
     """The inputs as `(e, n, c)`; of a look-up the indices, `(1, n, 1)`, -1 for none."""
     e, n, c, _ = use.size
     if use.x_dims is not None:
