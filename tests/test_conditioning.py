@@ -454,3 +454,12 @@ def test_match_norm_leaves_heads_alone_and_zero_zero(problem):
     update, state = tx.update(jnp.zeros((3, 4)), tx.init(None), losses=LOSSES)
     np.testing.assert_array_equal(update, 0)
     assert state.factor == 1
+
+
+def test_a_product_of_weights_beyond_the_range_is_held_and_counted():
+    big = mtl.scale_by_weights([1e30, 1.0])
+    tx = optax.chain(big, big, monitor_tasks(2), mtl.mgda(2))
+    _, jac = mtl.value_and_jac(lambda w: {"a": 1e-9 * w @ w, "b": jnp.sum(w)})(jnp.ones(2))
+    update, state = tx.update(jac, tx.init(jnp.ones(2)), jnp.ones(2))
+    assert np.all(np.isfinite(update))
+    assert state[2].overflows.tolist() == [1, 0]

@@ -16,6 +16,7 @@ class MonitorTasksState(NamedTuple):
     norm: PerTask  # (K,) float32, of the rows of the last update
     conflict_rate: PerPair  # (K, K) float32, running share of the updates with cosine < 0
     count: PerPair  # (K, K) int32, updates with both tasks so far
+    overflows: PerTask  # (K,) int32, updates in which the weights before it left float32's range
 
 
 def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTransformationExtraArgs:
@@ -28,7 +29,9 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
     :math:`1/(1-\beta)` updates. `mtl.summarize(opt_state, names)` makes of the state
     `"cosine/a-b"`, `"norm/a"` and `"conflict_rate/a-b"`. It needs the Gramian, K backward passes,
     which an aggregator behind it that needs it too then has for free. A zero row has cosines of 0.
-    Of an absent task nothing is recorded; t counts the updates in which both took part.
+    Of an absent task nothing is recorded; t counts the updates in which both took part. Weights of
+    several balancers whose product would leave the range of float32 are held at its end;
+    `overflows` counts it.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -47,8 +50,9 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
       >>> losses, jac = mtl.value_and_jac(lambda w: {"a": J[0] @ w, "b": J[1] @ w})(jnp.zeros(2))
       >>> tx = mtl.monitor_tasks(num_tasks=2)
       >>> jac, state = tx.update(jac, tx.init(jnp.zeros(2)))
-      >>> {k: round(float(v), 2) for k, v in mtl.summarize(state, jac.names).items()}
-      {'cosine/a-b': 0.28, 'norm/a': 5.0, 'norm/b': 5.0, 'conflict_rate/a-b': 0.0, 'count/a-b': 1.0}
+      >>> {k: round(float(v), 2) for k, v in mtl.summarize(state, jac).items()}
+      {'cosine/a-b': 0.28, 'norm/a': 5.0, 'norm/b': 5.0, 'conflict_rate/a-b': 0.0, 'count/a-b': 1.0,
+       'overflows/a': 0.0, 'overflows/b': 0.0}
     """
     check_num_tasks(num_tasks)
     check_option("decay", decay, lambda b: (b >= 0) & (b <= 1), "in [0, 1]")
@@ -57,7 +61,8 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
         del params
         square = jnp.zeros((num_tasks, num_tasks), jnp.float32)
         norm = jnp.zeros(num_tasks, jnp.float32)
-        return MonitorTasksState(square, norm, square, jnp.zeros_like(square, jnp.int32))
+        counts = jnp.zeros_like(square, jnp.int32)
+        return MonitorTasksState(square, norm, square, counts, jnp.zeros_like(norm, jnp.int32))
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
@@ -65,6 +70,8 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
         count = jnp.where(state.count == jnp.iinfo(jnp.int32).max, state.count, state.count + 1)
         beta = jnp.minimum(decay, 1 - 1 / count)
         rate = beta * state.conflict_rate + (1 - beta) * (cosine < 0)
-        return jacobian, MonitorTasksState(cosine, norm, rate.astype(jnp.float32), count)
+        overflows = state.overflows + jacobian.at_the_limit
+        new_state = MonitorTasksState(cosine, norm, rate.astype(jnp.float32), count, overflows)
+        return jacobian, new_state
 
     return link(init_fn, update_fn, num_tasks)

@@ -105,6 +105,14 @@ class Jacobian:
         return jnp.maximum(jnp.sum(self.present), 1).astype(self.dtype)
 
     @property
+    def at_the_limit(self) -> Bool[Array, " K"]:
+        """Where the product of the weights would have left the range of the losses' type."""
+        scales = self._scales
+        if scales is None:
+            return jnp.zeros(self.num_tasks, bool)
+        return jnp.abs(scales) == jnp.finfo(scales.dtype).max
+
+    @property
     def at_parameters(self) -> bool:
         """Whether the Gramian is of gradients of parameters: its norms have an update's unit."""
         return self._way.at_parameters
