@@ -1,7 +1,5 @@
 """Groups of parameters with strategies of their own, and weights that rest."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import optax
 import pytest
 
 import mtl_optax as mtl
+from benchmarks.flops import parts
 from tests.problems import mlp_batch, mlp_losses, mlp_params
 
 LABELS = {"trunk": [{"w": "first", "b": "first"}, "second"], "heads": "second"}
@@ -205,32 +204,10 @@ def test_a_step_between_refreshes_costs_what_fixed_weights_cost():
             return tx.update(jac, state, params)
 
         state = jax.eval_shape(tx.init, params)
-        return products(jax.make_jaxpr(step)(params, state, batch).jaxpr)
+        return parts(jax.make_jaxpr(step)(params, state, batch))
 
     fixed, (outside, branches) = costs(mtl.weights([1.0] * 8)), costs(mtl.every(10, mtl.upgrad(8)))
     rest, refresh = sorted(max(branches, key=max))
     assert not any(max(branch) > 0.1 * fixed[0] for branch in fixed[1])
     assert outside + rest <= 1.02 * fixed[0]
     assert refresh > 2 * fixed[0]
-
-
-def products(jaxpr):
-    """Multiplications of matrix products, outside of conds and in the branches of each."""
-    total, branches = 0, []
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contract)
-        elif eqn.primitive.name == "cond":
-            inner = [products(branch.jaxpr) for branch in eqn.params["branches"]]
-            branches.append(tuple(t + sum(map(max, more)) for t, more in inner))
-        elif eqn.primitive.name != "while":
-            for value in eqn.params.values():
-                for sub in value if isinstance(value, list | tuple) else [value]:
-                    body = getattr(sub, "jaxpr", sub)
-                    if hasattr(body, "eqns"):
-                        inner_total, inner_branches = products(body)
-                        total += inner_total * eqn.params.get("length", 1)
-                        branches += inner_branches
-    return total, branches

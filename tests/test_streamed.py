@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mtl_optax as mtl
+from benchmarks.flops import flops
 from mtl_optax._compat import body_of, is_jaxpr
 from tests.problems import relative_error
 
@@ -311,22 +312,6 @@ def bodies(eqn):
         yield from filter(is_jaxpr, value if type(value) is tuple else (value,))
 
 
-def flops(jaxpr):
-    """Operations of its matrix products, those of loops as often as they turn."""
-    total = 0
-    for eqn in body_of(jaxpr).eqns:
-        if eqn.primitive.name == "dot_general":
-            contracted = eqn.params["dimension_numbers"][0][0]
-            summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-            total += 2 * eqn.outvars[0].aval.size * summed
-        inside = [flops(body) for body in bodies(eqn)]
-        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        total += turns * (
-            max(inside) if eqn.primitive.name == "cond" else sum(inside) if inside else 0
-        )
-    return total
-
-
 def shapes(jaxpr):
     """The shapes of all that it computes."""
     for eqn in body_of(jaxpr).eqns:
@@ -359,7 +344,7 @@ def temporary(fn, *args):
 def test_a_step_of_upgrad_takes_two_and_a_half_plain_steps(trunk):
     plain, step, args = steps(trunk, 4)
     traced = jax.make_jaxpr(step)(*args)
-    assert flops(traced) < 2.51 * flops(jax.make_jaxpr(plain)(*args))
+    assert flops(step, *args) < 2.51 * flops(plain, *args)
     # Four gradients of a layer, or of all layers, are never formed.
     assert not [s for s in shapes(traced) if math.prod(s) >= 4 * 256 * 512 and s[0] == 4]
 
@@ -373,7 +358,7 @@ def main():
     for num_tasks in (4, 10):
         for trunk in ("list", "list, remat", "w[i]", "w[i], remat", "scan", "scan, remat"):
             plain, step, args = steps(trunk, num_tasks)
-            times = flops(jax.make_jaxpr(step)(*args)) / flops(jax.make_jaxpr(plain)(*args))
+            times = flops(step, *args) / flops(plain, *args)
             held, before = temporary(step, *args), temporary(plain, *args)
             print(
                 f"K = {num_tasks:2}  {trunk:12} {times:.3f} plain steps, "

@@ -1,0 +1,45 @@
+"""Counts what the matrix products of a traced function take, loops as often as they turn.
+
+The compiler's own figure counts the body of a loop once. Nothing is computed: shapes will do.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from mtl_optax._compat import body_of, is_jaxpr
+
+
+def flops(fn: Callable[..., Any], *args: Any) -> int:
+    """Operations of the matrix products of `fn(*args)`, of each `cond` the dearest branch."""
+    outside, branches = parts(jax.make_jaxpr(fn)(*args))
+    return outside + sum(map(max, branches))
+
+
+def parts(jaxpr: Any) -> tuple[int, list[tuple[int, ...]]]:
+    """Operations outside of all `cond`s, and of each one's branches.
+
+    A `while`, as of a solver, whose turns are not known, counts nothing.
+    """
+    outside, branches = 0, []
+    for eqn in body_of(jaxpr).eqns:
+        if eqn.primitive.name == "dot_general":
+            contracted = eqn.params["dimension_numbers"][0][0]
+            summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+            outside += 2 * eqn.outvars[0].aval.size * summed
+            continue
+        inside = [parts(body) for body in _bodies(eqn)]
+        if eqn.primitive.name == "cond":
+            branches.append(tuple(out + sum(map(max, more)) for out, more in inside))
+        elif eqn.primitive.name != "while":
+            turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            outside += turns * sum(out for out, _ in inside)
+            branches += [tuple(turns * b for b in each) for _, more in inside for each in more]
+    return outside, branches
+
+
+def _bodies(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        yield from filter(is_jaxpr, value if isinstance(value, list | tuple) else (value,))
