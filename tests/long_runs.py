@@ -21,6 +21,9 @@ TARGETS = np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float32)
 KPIS = jnp.array([0.5, 0.7, 0.9])
 # What the third task is: its loss as it is, times 0, minus a constant, absent from step 2,000 on.
 CASES = ("usual", "zero", "negative", "absent")
+# The zero row of a task that is present is the shortest combination: a Pareto-stationary point. Of
+# a balancer the heads rest too.
+RESTS = {("pareto", "zero")}
 
 
 def run_of(name):
@@ -66,7 +69,7 @@ def failures(name):
         ends[case] = end
         if not finite:
             wrong.append(f"{case}: not finite")
-        elif not np.all(end < start) and np.all(ends["usual"] < start):
+        elif (name, case) not in RESTS and not np.all(end < start):
             wrong.append(f"{case}: the others do not fall")
     return wrong, ends
 
