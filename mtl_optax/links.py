@@ -65,11 +65,12 @@ def link(
       [2.0, 2.0]
     """
     get = receive_all if several else receive
+    made: set[type] = set()  # the types of states that `init` makes, as far as is known
 
     def update(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
     ) -> Any:
-        states.check_state(state, lambda: init_fn(params), num_tasks)
+        states.check_state(state, made, lambda: init_fn(params), num_tasks)
         given = get(updates, losses, num_tasks, shared, present)
         result, new_state = update_fn(given, state, **extra_args)
         everyone, here = presence(given)
@@ -86,6 +87,7 @@ def link(
     def init(params) -> Any:
         state = init_fn(params)
         states.TYPES.add(type(state))
+        made.add(type(state))
         # A state is donated: it must not hold the caller's key or weights, nor one array twice.
         return jax.tree.map(jnp.copy, state)
 

@@ -67,7 +67,7 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         cosine, norm = (x.astype(jnp.float32) for x in jacobian.correlation())
-        count = jnp.where(state.count == jnp.iinfo(jnp.int32).max, state.count, state.count + 1)
+        count = jnp.asarray(optax.safe_increment(state.count))
         beta = jnp.minimum(decay, 1 - 1 / count)
         rate = beta * state.conflict_rate + (1 - beta) * (cosine < 0)
         overflows = state.overflows + jacobian.at_the_limit

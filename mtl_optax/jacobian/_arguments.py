@@ -83,6 +83,19 @@ class Arguments:
         pairs = zip(jax.tree.leaves(self.params), self.trained, strict=True)
         return [leaf for leaf, is_trained in pairs if is_trained]
 
+    def linearize(
+        self, loss_fn: Callable[..., Any], has_aux: bool
+    ) -> tuple[Any, Callable[..., Any], list[Any], Any]:
+        """The losses, their differential, what else was returned, and what the call changed."""
+
+        def losses_of(leaves: Sequence[Any]) -> Any:
+            result, changes = self.call(loss_fn, self.with_leaves(leaves))
+            losses, *aux = result if has_aux else (result,)
+            return losses, (aux, changes)
+
+        losses, linear_fn, (aux, changes) = jax.linearize(losses_of, self.leaves, has_aux=True)
+        return losses, linear_fn, aux, changes
+
     def with_leaves(self, leaves: Sequence[Any]) -> Any:
         """The parameters with other trained leaves."""
         old, treedef = jax.tree.flatten(self.params)

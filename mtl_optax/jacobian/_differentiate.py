@@ -122,12 +122,7 @@ def value_and_jac(
             layout = _layout(arguments, losses, linear_map, shared, gramian_at, rows)
             return (losses, *aux) if has_aux else losses, Jacobian(losses, linear_map, way, layout)
 
-        def losses_of(leaves):
-            result, changes = arguments.call(loss_fn, arguments.with_leaves(leaves))
-            losses, *aux = result if has_aux else (result,)
-            return losses, (aux, changes)
-
-        losses, linear_fn, (aux, changes) = jax.linearize(losses_of, arguments.leaves, has_aux=True)
+        losses, linear_fn, aux, changes = arguments.linearize(loss_fn, has_aux)
         check_losses(losses)
         check_reduced(losses, arguments.params)
         arguments.write_back(changes)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from mtl_optax.jacobian._linear_map import RowMode
-from mtl_optax.jacobian._rows import keep_rows, mix
+from mtl_optax.jacobian._rows import combine_rows, keep_rows, mix
 
 
 @jax.tree_util.register_dataclass
@@ -56,5 +56,4 @@ class GivenRows:
         self, weights: jax.Array, own: jax.Array, shared: Sequence[bool], wanted: Sequence[bool]
     ) -> list[Any]:
         """Jᵀw on the leaves that are `shared`, Jᵀown on the others, None where not `wanted`."""
-        rows = zip(self.given, shared, wanted, strict=True)
-        return [mix(weights if s else own, row) if want else None for row, s, want in rows]
+        return combine_rows(self.given, weights, own, shared, wanted)

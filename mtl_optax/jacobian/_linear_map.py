@@ -22,7 +22,14 @@ from mtl_optax.jacobian._program import (
     is_var,
     variables,
 )
-from mtl_optax.jacobian._rows import keep_rows, mix, over_shards, scale_rows
+from mtl_optax.jacobian._rows import (
+    combine_rows,
+    if_finite,
+    keep_rows,
+    mix,
+    over_shards,
+    scale_rows,
+)
 
 RowMode = Literal["isolated", "batched", "sequential"]
 ROW_MODES = get_args(RowMode)
@@ -152,17 +159,10 @@ class Heads:
             return self._combine(weights, own, shared, wanted)
         # Nothing of an absent task leaves its head. Where the trunk itself is not finite, and 0
         # times it is NaN, only rows that were differentiated alone can be told apart.
-        kept = self._keep(present)._combine(weights, own, shared, wanted)
-        known = [leaf for leaf in kept if leaf is not None]
-        finite = functools.reduce(
-            jnp.logical_and, [jnp.all(jnp.isfinite(leaf)) for leaf in known], jnp.bool_(True)
+        return if_finite(
+            self._keep(present)._combine(weights, own, shared, wanted),
+            lambda: combine_rows(self.rows("isolated"), weights, own, shared, wanted),
         )
-
-        def one_by_one():
-            rows = zip(self.rows("isolated"), shared, wanted, strict=True)
-            return [mix(weights if s else own, row) if want else None for row, s, want in rows]
-
-        return jax.lax.cond(finite, lambda: kept, one_by_one)
 
     def mix(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw, one array a leaf."""

@@ -18,8 +18,8 @@ from mtl_optax.jacobian._arguments import Arguments, is_object
 from mtl_optax.jacobian._linear_map import RowMode
 from mtl_optax.jacobian._losses import check_losses
 from mtl_optax.jacobian._opaque import check_residuals
-from mtl_optax.jacobian._program import Equations, Program, is_var, reachable
-from mtl_optax.jacobian._rows import keep_rows, mix
+from mtl_optax.jacobian._program import Program, is_var, reachable
+from mtl_optax.jacobian._rows import combine_rows, if_finite, keep_rows
 
 
 @jax.tree_util.register_dataclass
@@ -82,26 +82,18 @@ class MappedMap:
         self, weights: jax.Array, own: jax.Array, shared: Sequence[bool], wanted: Sequence[bool]
     ) -> list[jax.Array | None]:
         """Jᵀw on the leaves that are `shared`, Jᵀown on the others, None where not `wanted`."""
-
-        def combined(weights: jax.Array, own: jax.Array) -> list[jax.Array | None]:
-            nothing = [None] * len(shared)
-            mixed = self._pull(weights) if any(shared) else nothing
-            apart = mixed if all(shared) or own is weights else self._pull(own)
-            pairs = zip(mixed, apart, shared, wanted, strict=True)
-            return [(a if s else b) if want else None for a, b, s, want in pairs]
-
+        if self.present is not None:
+            weights, own = (jnp.where(self.present, w, 0) for w in (weights, own))
+        nothing = [None] * len(shared)
+        mixed = self._pull(weights) if any(shared) else nothing
+        apart = nothing if all(shared) else self._pull(own)
+        pairs = zip(mixed, apart, shared, wanted, strict=True)
+        kept = [(a if s else b) if want else None for a, b, s, want in pairs]
         if self.present is None:
-            return combined(weights, own)
-        own = own if own is weights else jnp.where(self.present, own, 0)
-        weights = jnp.where(self.present, weights, 0)
-        kept = combined(weights, weights if own is weights else own)
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in kept if leaf is not None]
-
-        def one_by_one() -> list[jax.Array | None]:
-            rows = zip(self.rows("isolated"), shared, wanted, strict=True)
-            return [mix(weights if s else own, row) if want else None for row, s, want in rows]
-
-        return jax.lax.cond(jnp.all(jnp.stack(finite)), lambda: kept, one_by_one)
+            return kept
+        return if_finite(
+            kept, lambda: combine_rows(self.rows("isolated"), weights, own, shared, wanted)
+        )
 
     def rows(self, mode: RowMode) -> list[jax.Array]:
         """The K rows, leaves `(K, *shape)`: one backward pass of each element."""
@@ -191,7 +183,8 @@ def linearize_mapped(
       has_aux: as of `value_and_jac`.
     """
     leaves, treedef = jax.tree.flatten((list(args), kwargs), is_leaf=is_object)
-    axes = [axis for each in _axes_of_args(args, in_axes) for axis in each]
+    axes_of_args = _axes_of_args(args, in_axes)
+    axes = [axis for each in axes_of_args for axis in each]
     axes += [0] * (len(leaves) - len(axes))
     mapped = {i: axis for i, axis in enumerate(axes) if axis is not None}
     size = _size([(leaves[i], axis) for i, axis in mapped.items()])
@@ -202,12 +195,7 @@ def linearize_mapped(
         own_args, own_kwargs = treedef.unflatten([filled.get(i, x) for i, x in enumerate(leaves)])
         arguments = Arguments.of(own_args, own_kwargs, argnums, wrt)
 
-        def losses_of(leaves: Sequence[Any]) -> Any:
-            result, changes = arguments.call(loss_fn, arguments.with_leaves(leaves))
-            losses, *aux = result if has_aux else (result,)
-            return losses, (aux, changes)
-
-        losses, linear_fn, (aux, changes) = jax.linearize(losses_of, arguments.leaves, has_aux=True)
+        losses, linear_fn, aux, changes = arguments.linearize(loss_fn, has_aux)
         if jax.tree.leaves(changes):
             raise ValueError(
                 "the loss function changes an nnx module, such as batch statistics or a random "
@@ -226,9 +214,7 @@ def linearize_mapped(
 
     slices = [_slice(leaves[i], axis) for i, axis in mapped.items()]
     closed, (whole, _) = jax.make_jaxpr(one, return_shape=True)(slices)
-    body = closed.jaxpr
-    jaxpr = Equations(body.constvars, body.invars, body.outvars, body.eqns)
-    depends = reachable(jaxpr, [1] * len(mapped))
+    depends = reachable(closed.jaxpr, [1] * len(mapped))
     num_whole = len(jax.tree.leaves(whole))
     # What is the same for all elements is not repeated.
     out_axes = [0] * num_whole + [0 if mask else None for mask in depends[num_whole:]]
@@ -236,12 +222,11 @@ def linearize_mapped(
         *(leaves[i] for i in mapped)
     )
     losses, aux = jax.tree.unflatten(jax.tree.structure(whole), outputs[:num_whole])
-    stacked = _stacked(args, in_axes, argnums)
     linear = MappedMap(
         program=programs[-1],
         residuals=outputs[num_whole:],
         axes=tuple(out_axes[num_whole:]),
-        stacked=stacked,
+        stacked=_stacked(args, axes_of_args, argnums),
         size=size,
     )
     return losses, aux, linear
@@ -267,9 +252,10 @@ def _axes_of_args(args: Sequence[Any], in_axes: Any) -> list[list[int | None]]:
     return found
 
 
-def _stacked(args: Sequence[Any], in_axes: Any, argnums: int | Sequence[int]) -> tuple[bool, ...]:
+def _stacked(
+    args: Sequence[Any], axes: Sequence[Sequence[int | None]], argnums: int | Sequence[int]
+) -> tuple[bool, ...]:
     """Which leaves of the parameters hold a slice for each element."""
-    axes = _axes_of_args(args, in_axes)
     positions = [argnums] if isinstance(argnums, int) else argnums
     stacked = []
     for i in positions:

@@ -25,6 +25,27 @@ def mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
     return mixed.astype(rows.dtype)
 
 
+def combine_rows(
+    rows: Sequence[jax.Array],
+    weights: jax.Array,
+    own: jax.Array,
+    shared: Sequence[bool],
+    wanted: Sequence[bool],
+) -> list[jax.Array | None]:
+    """Jᵀw on the leaves that are `shared`, Jᵀown on the others, None where not `wanted`."""
+    leaves = zip(rows, shared, wanted, strict=True)
+    return [mix(weights if s else own, row) if want else None for row, s, want in leaves]
+
+
+def if_finite(
+    leaves: list[jax.Array | None], otherwise: Callable[[], list[jax.Array | None]]
+) -> list[jax.Array | None]:
+    """The leaves where all of them are finite, else what takes longer and is."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if leaf is not None]
+    all_finite = functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
+    return jax.lax.cond(all_finite, lambda: leaves, otherwise)
+
+
 def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
     """diag(s) rows, of one leaf, in their dtype."""
     scales = scales.reshape(-1, *[1] * (rows.ndim - 1))

@@ -8,6 +8,7 @@ for one row a task the product, entry by entry, of two matrices A Aáµ€ and D Dáµ
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,33 +17,32 @@ import jax.numpy as jnp
 from mtl_optax._numerics import power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._mapped import MappedMap
-from mtl_optax.jacobian._program import Program
 from mtl_optax.jacobian._rows import keep_rows, scaled_products
 from mtl_optax.jacobian.ways import ghost
-from mtl_optax.jacobian.ways._base import (
-    Cost,
-    Measurement,
-    RowsOf,
-    Way,
-    mix_rows,
-    product_cost,
-)
+from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Axis(Way):
+class Axis(ghost.Ghost):
     """Dense layers and look-ups from inputs and cotangents, the other leaves from their rows."""
+
+    title = "pairs of tasks"
 
     def measure(self, heads: Any, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         del rows_of  # rows and cotangents come from one pass
         linear: MappedMap = heads
-        taps = self._taps(linear, layout.measured)
+        taps = self.taps(linear, layout.measured)
         uses = [use for found in taps.values() for use in found]
-        rows = jax.lax.optimization_barrier(_cut(linear, uses).rows(layout.row_mode))
+        cut = dataclasses.replace(
+            linear,
+            program=ghost.cut_program(linear.program, uses),
+            stacked=(*linear.stacked, *(False for _ in uses)),
+        )
+        rows = jax.lax.optimization_barrier(cut.rows(layout.row_mode))
         plain = {i: rows[i] for i in layout.measured_leaves if i not in taps}
         held, left = list(plain.values()), iter(rows[layout.num_leaves :])
         products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
@@ -54,46 +54,17 @@ class Axis(Way):
         scales = jnp.where(jnp.diagonal(products) == 0, 0, scales)
         return Measurement(products, scales, mix_rows(plain))
 
-    def costs(self, linear: Any, layout: Layout) -> dict[int, Cost]:
-        """What each measured leaf takes."""
-        taps, num_tasks = self._taps(linear, layout.measured), layout.num_tasks
-        costs = {}
-        for i in layout.measured_leaves:
-            aval = layout.leaf_avals[i]
-            costs[i] = product_cost("rows", num_tasks, aval, linear.forming[i])
-            if i in taps:
-                held = num_tasks * sum(use.y.aval.size for use in taps[i])
-                cost = int(_cost(taps[i], linear))
-                costs[i] = Cost("pairs of tasks", cost, held * aval.dtype.itemsize)
-        return costs
+    def taps(self, linear: Any, measured: Sequence[bool]) -> dict[int, ghost.Uses]:
+        """The uses of the shared leaves that are tapped."""
+        shared = [m and not s for m, s in zip(measured, linear.stacked, strict=True)]
+        return super().taps(linear, shared)
 
-    def _taps(self, linear: MappedMap, measured: Any) -> dict[int, ghost.Uses]:
-        wanted = [m and not s for m, s in zip(measured, linear.stacked, strict=True)]
-        return {
-            leaf: uses
-            for leaf, uses in ghost.find(linear.program, wanted).items()
-            if _cost(uses, linear) < ghost.rows_cost(uses, linear.num_tasks)
-        }
-
-
-def _cost(uses: ghost.Uses, linear: MappedMap) -> float:
-    e, _, c, f = uses[0].size
-    n = sum(use.size[1] for use in uses)
-    inputs = 1 if uses[0].x_dims is None else c
-    return e * n**2 * (linear.size**2 * inputs + linear.num_tasks**2 * f)
-
-
-def _cut(linear: MappedMap, uses: list[ghost.Use]) -> MappedMap:
-    """The map without the tapped equations, every y appended to its leaves."""
-    jaxpr, cut = linear.program.jaxpr, {id(use.steps[-1]) for use in uses}
-    program = Program(
-        jaxpr.replace(
-            eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in cut],
-            invars=[*jaxpr.invars, *(use.y for use in uses)],
-        )
-    )
-    stacked = (*linear.stacked, *(False for _ in uses))
-    return dataclasses.replace(linear, program=program, stacked=stacked)
+    def tap_cost(self, uses: ghost.Uses, linear: Any) -> float:
+        """How many multiplications the products of all pairs of rows take."""
+        e, _, c, f = uses[0].size
+        n = sum(use.size[1] for use in uses)
+        inputs = 1 if uses[0].x_dims is None else c
+        return e * n**2 * (linear.size**2 * inputs + linear.num_tasks**2 * f)
 
 
 def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -56,6 +56,8 @@ Uses = tuple[Use, ...]  # all of one parameter
 class Ghost(Way):
     """Tapped layers by their cotangents, the other leaves by their rows, whichever is cheaper."""
 
+    title = "ghost"
+
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         del rows_of  # the cotangents of all layers come from one set of passes
@@ -91,23 +93,21 @@ class Ghost(Way):
             costs[i] = product_cost("rows", num_tasks, aval, linear.forming[i])
             if i in taps:
                 held = num_tasks * sum(use.y.aval.size for use in taps[i])
-                way = type(self).__name__.lower()
-                cost = int(self.tap_cost(taps[i], num_tasks))
-                costs[i] = Cost(way, cost, held * aval.dtype.itemsize)
+                cost = int(self.tap_cost(taps[i], linear))
+                costs[i] = Cost(self.title, cost, held * aval.dtype.itemsize)
         return costs
 
     def taps(self, linear: LinearMap, measured: Sequence[bool]) -> dict[int, Uses]:
         """The uses of the leaves that are tapped, since that makes their products cheaper."""
-        num_tasks = linear.num_tasks
         return {
             leaf: uses
             for leaf, uses in find(linear.program, measured).items()
-            if self.tap_cost(uses, num_tasks) < rows_cost(uses, num_tasks)
+            if self.tap_cost(uses, linear) < rows_cost(uses, linear.num_tasks)
         }
 
-    def tap_cost(self, uses: Uses, num_tasks: int) -> float:
+    def tap_cost(self, uses: Uses, linear: LinearMap) -> float:
         """How many multiplications the products of one leaf take from its cotangents."""
-        return ghost_cost(uses, num_tasks)
+        return ghost_cost(uses, linear.num_tasks)
 
     def layer(
         self, leaf: int, uses: Uses, x: jax.Array, delta: jax.Array
@@ -135,16 +135,20 @@ class Ghost(Way):
         return shares
 
 
-def _cut(heads: Heads, uses: Sequence[Use]) -> Heads:
-    """The heads of the program without the tapped equations, every y appended to its leaves."""
-    linear, jaxpr = heads.linear, heads.linear.program.jaxpr
-    cut = {id(use.steps[-1]) for use in uses}
-    program = Program(
+def cut_program(program: Program, uses: Sequence[Use]) -> Program:
+    """The program without the tapped equations, every y appended to its leaves."""
+    jaxpr, cut = program.jaxpr, {id(use.steps[-1]) for use in uses}
+    return Program(
         jaxpr.replace(
             eqns=[eqn for eqn in jaxpr.eqns if id(eqn) not in cut],
             invars=[*jaxpr.invars, *(use.y for use in uses)],
         )
     )
+
+
+def _cut(heads: Heads, uses: Sequence[Use]) -> Heads:
+    """The heads of the program that is cut at its taps."""
+    linear, program = heads.linear, cut_program(heads.linear.program, uses)
     tapped_linear = dataclasses.replace(linear, program=program)
     if linear.num_tasks == 1:
         return tapped_linear.heads()  # all of the program is one head

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax._numerics import wide
+from mtl_optax.jacobian._linear_map import LinearMap
 from mtl_optax.jacobian._rows import scaled_products
 from mtl_optax.jacobian.ways.ghost import Ghost, Uses, ghost_cost
 
@@ -34,12 +35,14 @@ class Sketch(Ghost):
       columns: how many columns of a gradient are kept, static, at least 1.
     """
 
+    title = "sketch"
+
     key: jax.Array
     columns: int = dataclasses.field(default=32, metadata={"static": True})
 
-    def tap_cost(self, uses: Uses, num_tasks: int) -> float:
+    def tap_cost(self, uses: Uses, linear: LinearMap) -> float:
         """How many multiplications the cheaper of sketch and ghost takes."""
-        return min(self._cost(uses, num_tasks), ghost_cost(uses, num_tasks))
+        return min(self._cost(uses, linear.num_tasks), ghost_cost(uses, linear.num_tasks))
 
     def layer(
         self, leaf: int, uses: Uses, x: jax.Array, delta: jax.Array
