@@ -1,4 +1,4 @@
-"""Counts what the matrix products of a traced function take, loops as often as they turn.
+"""Counts what matrix products and convolutions of a function take, loops as often as they turn.
 
 The compiler's own figure counts the body of a loop once. Nothing is computed: shapes will do.
 """
@@ -13,7 +13,7 @@ from mtl_optax._compat import body_of, is_jaxpr
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> int:
-    """Operations of the matrix products of `fn(*args)`, of each `cond` the dearest branch."""
+    """Operations of `fn(*args)`, of each `cond` the dearest branch."""
     outside, branches = parts(jax.make_jaxpr(fn)(*args))
     return outside + sum(map(max, branches))
 
@@ -29,6 +29,10 @@ def parts(jaxpr: Any) -> tuple[int, list[tuple[int, ...]]]:
             contracted = eqn.params["dimension_numbers"][0][0]
             summed = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
             outside += 2 * eqn.outvars[0].aval.size * summed
+            continue
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, layout = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
+            outside += 2 * eqn.outvars[0].aval.size * math.prod(kernel) // kernel[layout[0]]
             continue
         inside = [parts(body) for body in _bodies(eqn)]
         if eqn.primitive.name == "cond":

@@ -24,7 +24,7 @@ from benchmarks.tables import Cells
 from benchmarks.workloads import WORKLOADS
 
 STATUS = Path("/proc/self/status")
-HELD = "upgrad, isolated rows"  # the default, which holds all K: what the others are held against
+HELD = "upgrad, isolated rows"  # which holds all K: what the others are held against
 TARGET = 0.25  # of its temporary memory, for an exact Gramian at K = 40
 
 

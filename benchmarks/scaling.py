@@ -36,7 +36,7 @@ WAYS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
     "features": ("imtl_g", lambda w: mtl.value_and_feature_jac(w.encode, w.decode)),
     "ghost": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="ghost")),
     "columns": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="columns")),
-    "rows": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, rows="batched")),
+    "rows": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="rows", rows="batched")),
 }
 LOOPS = ("ghost", "columns")  # over the tasks: the compiler counts their operations once
 # What is fitted: which cost against what.

@@ -1,8 +1,9 @@
 """Calls timed side by side, the peer they are timed against, and how the numbers are kept."""
 
-import collections
 import importlib
 import json
+import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,18 +25,21 @@ def interleave(
     *,
     rounds: int = 20,
     max_seconds: float = 60.0,
+    rest: float = 0.05,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times calls in turns, so that a slow moment of the machine hits all alike.
 
-    The first call of each, which compiles, is not timed. The order rotates from round to round, and
-    nothing counts before a call's arrays are ready. A short call is repeated within its turn, after
-    one that only brings its data back to the caches.
+    The first call of each, which compiles, is not timed. The order is drawn anew each round, and
+    the machine rests before each turn: what follows a framework whose threads still spin is slowed
+    down. Nothing counts before a call's arrays are ready. A short call is repeated within its turn,
+    after one that only brings its data back to the caches.
 
     Args:
       calls: what to time, by name; each returns what it computes.
       rounds: the most turns each call gets.
       max_seconds: no round begins later than this; the first always runs.
+      rest: seconds of it before each turn.
       clock: what tells the seconds. `time.process_time`, in a process that is held to one core,
         leaves out what other processes take.
 
@@ -47,15 +51,16 @@ def interleave(
         jax.block_until_ready(call())
         repeats[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1, clock)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    order, begin = collections.deque(calls), time.perf_counter()
+    order, draw, begin = list(calls), random.Random(0), time.perf_counter()
     for turn in range(rounds):
         if turn and time.perf_counter() - begin > max_seconds:
             break
+        draw.shuffle(order)
         for name in order:
+            time.sleep(rest)
             if repeats[name] > 1:
                 jax.block_until_ready(calls[name]())
             times[name].append(_seconds(calls[name], repeats[name], clock))
-        order.rotate(1)
     return times
 
 
@@ -73,8 +78,10 @@ def ratio(times: Mapping[str, list[float]], name: str, base: str) -> float:
 def load_peer() -> tuple[Any, Any] | None:
     """The modules `(torch, torchjd)`, or None, after a line that says how to get them.
 
-    Torch gets as many threads as XLA takes: one a core.
+    Torch gets as many threads as XLA takes: one a core. They sleep when they have nothing to do,
+    in place of spinning, which would slow down what runs next.
     """
+    os.environ.update(KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE")
     try:
         torch, torchjd = importlib.import_module("torch"), importlib.import_module("torchjd")
     except ImportError as error:

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -981,15 +981,15 @@ def _answers(program: Program, options: Options, ways: Any) -> tuple[dict, dict,
     return found, known["texts"], known["shared"], jacobian
 
 
-def check(seed: int) -> dict[tuple[str, str], str]:
+def check(seed: int, ways: Sequence[str] = tuple(WAYS)) -> dict[tuple[str, str], str]:
     """What disagrees, by way and by what was asked; an empty text is agreement."""
     program = draw(seed)
     options = Options.of(program, seed)
     try:
-        answers, errors, shared, jacobian = _answers(program, options, WAYS)
+        answers, errors, shared, jacobian = _answers(program, options, ways)
     except Exception:  # some answer could be traced and not compiled
         answers, errors, shared, jacobian = {}, {}, None, None
-        for way in WAYS:
+        for way in ways:
             one = _attempt(lambda way=way: _answers(program, options, [way]))
             if isinstance(one, str):
                 errors[way, "compiled"] = one

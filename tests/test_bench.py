@@ -7,7 +7,16 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compile_time, cost_report, memory, scaling, step_time, tables, timing
+from benchmarks import (
+    compile_time,
+    cost_report,
+    kernels,
+    memory,
+    scaling,
+    step_time,
+    tables,
+    timing,
+)
 from benchmarks.steps import EXACT, PLAIN, WAYS
 from benchmarks.workloads import WORKLOADS
 
@@ -22,7 +31,9 @@ def results(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "RESULTS", folder)
         rows = ["--rows", "uncertainty"]
-        step_time.main(["--workloads", TINY, *rows, "upgrad, ghost", "--rounds", "2", "--no-peers"])
+        step_time.main(
+            ["--workloads", TINY, *rows, "upgrad, ghost", "--rounds", "2", "--no-peers", "--busy"]
+        )
         memory.main(["--workload", TINY, "--rows", PLAIN])
         compile_time.main(["--workloads", TINY, *rows])
     jax.config.update("jax_enable_compilation_cache", cached)
@@ -40,8 +51,8 @@ def test_step_time_counts_in_plain_steps(results):
     workload = results["step_time"]["workloads"][TINY]
     assert (workload["num_tasks"], workload["rounds"]) == (3, 2)
     assert workload["parameters"] == (16 * 32 + 32) + (32 * 16 + 16) + 3 * (16 * 4 + 4)
-    plain, uncertainty, ghost = workload["rows"].values()
-    assert plain["ratio"] == plain["flops_ratio"] == 1
+    plain, control, uncertainty, ghost = workload["rows"].values()
+    assert plain["ratio"] == plain["flops_ratio"] == control["flops_ratio"] == 1
     assert 1 <= uncertainty["flops_ratio"] < 1.005 < ghost["flops_ratio"]
     for row in (uncertainty, ghost):
         low, high = row["quartiles"]
@@ -76,6 +87,33 @@ def test_report_draws_and_fills_the_page(results):
     assert "| mtl_optax: upgrad, ghost | " in page
     with pytest.raises(ValueError, match="<!-- other -->"):
         tables.fill(page, "other", "")
+
+
+def test_kernels_are_counted_through_calls_and_the_dearest_branch():
+    hlo = """
+%few (x: f32[4]) -> f32[4] {
+  ROOT %a = f32[4] add(%x, %x)
+}
+
+%many (x: f32[4]) -> f32[4] {
+  %a = f32[4] fusion(%x), calls=%other
+  ROOT %b = f32[4] custom-call(%a), custom_call_target="cholesky"
+}
+
+%turn (t: (f32[4])) -> (f32[4]) {
+  %x = f32[4] get-tuple-element(%t), index=0
+  %y = f32[4] call(%x), to_apply=%many
+  ROOT %z = (f32[4]) tuple(%y)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4] parameter(0)
+  %c = f32[4] conditional(%p, %x, %x), branch_computations={%few, %many}
+  %d = f32[4] dot(%c, %c)
+  ROOT %w = (f32[4]) while(%d), condition=%few, body=%turn
+}
+"""
+    assert kernels.count(hlo) == (2 + 1, 2)
 
 
 def test_growth_is_the_slope_of_logarithms():

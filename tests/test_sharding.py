@@ -61,6 +61,11 @@ def test_same_parameters_as_on_one_device(results, run):
     assert results[run]["moved"] > 1e-2
 
 
+@pytest.mark.parametrize("gramian", ["rows", "ghost", "streamed", "columns"])
+def test_devices_that_hold_parts_of_the_parameters_add_up(results, gramian):
+    assert results[f"tensor parallel {gramian}"] < 2e-6
+
+
 @pytest.mark.parametrize(
     "run", [run for run in RUNS if run.split()[0] not in ("processes", "explicit")]
 )

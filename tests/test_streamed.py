@@ -340,6 +340,27 @@ def temporary(fn, *args):
     return 0 if analysis is None else analysis.temp_size_in_bytes
 
 
+@pytest.mark.parametrize(
+    ("trunk", "num_tasks", "batch", "way"),
+    [
+        ("list", 4, 4, "ghost"),
+        ("list, remat", 4, 4, "streamed ghost"),
+        ("w[i]", 4, 4, "streamed ghost"),
+        ("scan, remat", 4, 4, "streamed ghost"),
+        ("scan", 2, 64, "rows"),  # more examples than inputs: a pass more saves no multiplications
+        ("scan", 12, 64, "streamed rows"),
+    ],
+)
+def test_auto_streams_where_that_saves_what_it_takes(trunk, num_tasks, batch, way):
+    losses, params, x = network(trunk, num_tasks, batch=batch)
+    _, jac = mtl.value_and_jac(losses, shared=SHARED)(params, x)
+    leaf = {leaf.name.split("/")[-1]: leaf for leaf in jac.plan().leaves}
+    assert leaf["up"].way == way
+    chosen = "streamed" if way.startswith("streamed") else "ghost"
+    _, alike = mtl.value_and_jac(losses, shared=SHARED, gramian=chosen)(params, x)
+    np.testing.assert_array_equal(jac.gramian(), alike.gramian())
+
+
 @pytest.mark.parametrize("trunk", ["list, remat", "w[i]", "scan", "scan, remat"])
 def test_a_step_of_upgrad_takes_two_and_a_half_plain_steps(trunk):
     plain, step, args = steps(trunk, 4)

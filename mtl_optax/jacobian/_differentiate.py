@@ -30,14 +30,14 @@ def value_and_jac(
     shared: Mask | None = "auto",
     gramian_at: Mask | None = None,
     rows: RowMode = "isolated",
-    gramian: Gramian = "rows",
+    gramian: Gramian = "auto",
 ) -> Callable[..., tuple[Any, Jacobian]]:
     r"""Like `jax.value_and_grad`, for a function that returns several losses.
 
     The losses are evaluated and linearised once. What is computed beyond depends on what the
     strategy asks of the `Jacobian`: a loss-only strategy runs one backward pass, so its step costs
-    what the plain summed-loss step costs; a strategy that needs the Gramian runs K, unless
-    `gramian` says otherwise.
+    what the plain summed-loss step costs; a strategy that needs the Gramian runs K, or the halves
+    of them that `gramian` needs.
 
     An nnx module may stand among the arguments, as for `nnx.value_and_grad`: its variables of type
     `wrt` are differentiated, and what the call changes in it, batch statistics and random streams,
@@ -54,7 +54,7 @@ def value_and_jac(
         single examples, `in_axes=(None, 0, 0)`; tasks, environments or domains with batches of
         their own; heads stacked in one leaf, by 0 on that leaf of the parameters, which is then no
         shared one. Since a task depends on its own slice alone, the K rows take about one plain
-        step, and so does `gramian="ghost"`, which forms none of them for dense layers. An array of
+        step, and so does their Gramian, which forms none of them for dense layers. An array of
         losses that you map yourself can't be told apart and takes K passes. Keyword arguments are
         mapped over their first axis.
       wrt: which parameters are trained. Of nnx modules a filter, `nnx.Param` by default; else a
@@ -73,12 +73,15 @@ def value_and_jac(
         and convolutions. `"sequential"`: one pass after another by `jax.lax.map`, the smallest
         program and the least memory; on CPU as fast as `"isolated"` for dense layers, several times
         slower for convolutions.
-      gramian: how the Gramian is computed. `"rows"`: from the rows, K × P numbers. `"ghost"`: dense
-        layers and embeddings by the identity :math:`\langle x^\top\delta_i, x^\top\delta_j\rangle
-        = \langle\delta_i, (x x^\top)\,\delta_j\rangle`, without their weight gradients, the rest
-        from its rows; chosen layer by layer, by counted cost. Exact, but its rounding error is that
-        of the sum over pairs of examples, eps :math:`(\sum_b \|x_b\| \|\delta_b\| /
-        \|x^\top\delta\|)^2`: prefer `"rows"` where a large batch's gradient nearly cancels.
+      gramian: how the Gramian is computed; `jac.plan()` prints it leaf by leaf. `"auto"`:
+        `"ghost"`, or `"streamed"` where layers stand in a loop, a checkpoint or a stack, and the
+        step then takes at most a tenth more multiplications than with their rows.
+        `"rows"`: from the rows, K × P numbers. `"ghost"`: dense layers and embeddings by the
+        identity :math:`\langle x^\top\delta_i, x^\top\delta_j\rangle = \langle\delta_i, (x
+        x^\top)\,\delta_j\rangle`, without their weight gradients, the rest from its rows; chosen
+        layer by layer, by counted cost. Exact, but its rounding error is that of the sum over pairs
+        of examples, eps :math:`(\sum_b \|x_b\| \|\delta_b\| / \|x^\top\delta\|)^2`: prefer
+        `"rows"` where a large batch's gradient nearly cancels.
         `"streamed"`: each layer's share is added as the K cotangents pass it, by ghost or by that
         layer's rows, inside `lax.scan`, `jax.checkpoint`, `jit`, `cond` and views of stacked
         parameters too: one layer is held at a time, for deep models as they are written.
@@ -345,7 +348,7 @@ def _check_functions(*functions: Any) -> None:
 
 
 def _along_an_axis(gramian: Gramian) -> Way:
-    ways = {"rows": Rows, "ghost": Axis}
+    ways = {"auto": Axis, "rows": Rows, "ghost": Axis}
     if isinstance(gramian, Way) or gramian not in ways:
         raise ValueError(
             f"gramian={gramian!r} is not a way to the Gramian of tasks along an axis: expected one "

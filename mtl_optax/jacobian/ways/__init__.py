@@ -3,17 +3,19 @@
 from typing import Literal
 
 from mtl_optax.jacobian.ways._base import Measurement, Way
+from mtl_optax.jacobian.ways.auto import Auto
 from mtl_optax.jacobian.ways.columns import Columns
 from mtl_optax.jacobian.ways.ghost import Ghost
 from mtl_optax.jacobian.ways.rows import Rows
 from mtl_optax.jacobian.ways.streamed import Streamed
 
-Gramian = Literal["rows", "ghost", "columns", "streamed"] | Way
+Gramian = Literal["auto", "rows", "ghost", "streamed", "columns"] | Way
 NAMED: dict[str, type[Way]] = {
+    "auto": Auto,
     "rows": Rows,
     "ghost": Ghost,
-    "columns": Columns,
     "streamed": Streamed,
+    "columns": Columns,
 }
 
 

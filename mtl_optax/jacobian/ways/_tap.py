@@ -15,7 +15,7 @@ from jax.extend import core as jex
 from jax.interpreters import ad, mlir
 
 from mtl_optax._numerics import wide
-from mtl_optax.jacobian._rows import contract, gathered, over_shards
+from mtl_optax.jacobian._rows import contract, gathered
 from mtl_optax.jacobian.ways import ghost
 from mtl_optax.jacobian.ways._base import Cost
 
@@ -29,7 +29,7 @@ class Layer:
       dtype: of the Gramian.
       aval: y as a type: its shape, its dtype, how it is split over devices.
       use: y = x W, measured by its ghost; None for a parameter itself, measured by its rows.
-      forming: the multiplications that one of those rows takes.
+      forming: the multiplications that a row of the parameter takes.
     """
 
     num_tasks: int
@@ -41,10 +41,17 @@ class Layer:
     @property
     def cost(self) -> Cost:
         """What measuring it once takes."""
-        k, held = self.num_tasks, self.num_tasks * self.aval.size * self.aval.dtype.itemsize
+        held = self.num_tasks * self.aval.size * self.aval.dtype.itemsize
         if self.use is not None:
-            return Cost("streamed ghost", int(ghost.ghost_cost((self.use,), k)), held)
-        return Cost("streamed rows", k * (self.forming + k * self.aval.size), held)
+            return Cost("streamed ghost", int(ghost.ghost_cost((self.use,), self.num_tasks)), held)
+        return Cost("streamed rows", int(self.by_rows), held)
+
+    @property
+    def by_rows(self) -> float:
+        """How many multiplications measuring it once by its rows takes."""
+        if self.use is not None:
+            return ghost.rows_cost((self.use,), self.num_tasks)
+        return self.num_tasks * (self.forming + self.num_tasks * self.aval.size)
 
     def products(self, cotangents: jax.Array, residuals: list[jax.Array]) -> jax.Array:
         """Its Gramian `(K, K)`.
@@ -63,8 +70,7 @@ class Layer:
         products, scales = ghost.ghost_products(
             x, delta, is_lookup=self.use.x_dims is None, in_turn=False
         )
-        products = products * (scales[:, None] * scales[None, :])
-        return over_shards(jax.lax.psum, products).astype(self.dtype)
+        return (products * (scales[:, None] * scales[None, :])).astype(self.dtype)
 
 
 def tap(layer: Layer, residuals: list[jax.Array], task: jax.Array, hole: jax.Array) -> jax.Array:
@@ -130,7 +136,7 @@ def layer_of(eqn: Any, w: Any, num_tasks: int, dtype: Any) -> tuple[Layer, Any] 
     use = ghost.use_of(eqn, w, (), x)
     if use is None or not ghost.is_cheaper((use,), num_tasks):
         return None
-    return Layer(num_tasks, dtype, use.y.aval, use), use.x
+    return Layer(num_tasks, dtype, use.y.aval, use, ghost.forming((use,))), use.x
 
 
 def forming(eqn: Any, w: Any) -> int:

@@ -37,7 +37,10 @@ ZERO = None  # a value that depends on parameters that are not measured alone
 _LIVE, _ZERO = 1, 2
 
 _CHECKPOINTS = ("remat2", "checkpoint")
-_OPENED = ("scan", "cond", "jit", *_CHECKPOINTS)
+OPENED = ("scan", "cond", "jit", *_CHECKPOINTS)  # the calls of which it looks into the body
+
+# What was tapped, and how often in one pass, by leaf and variable.
+Found = dict[tuple[int, Any], tuple[Layer, int]]
 
 
 @dataclasses.dataclass
@@ -48,13 +51,13 @@ class Walk:
       num_tasks: the number of tasks K.
       dtype: of the Gramian.
       task: an index that is mapped over the tasks.
-      found: what was tapped, and how often in one pass, by leaf and variable.
+      found: what was tapped.
     """
 
     num_tasks: int
     dtype: Any
     task: jax.Array
-    found: dict[tuple[int, Any], tuple[Layer, int]] = dataclasses.field(default_factory=dict)
+    found: Found = dataclasses.field(default_factory=dict)
     _turns: int = 1  # of the loops around what is walked
     _in_checkpoint: bool = False
 
@@ -81,7 +84,7 @@ class Walk:
                 if is_var(v) and isinstance(env[v], View):
                     name = eqn.primitive.name
                     layer = layer_of(eqn, v, self.num_tasks, self.dtype)
-                    if layer or _is_view(eqn) or (name in _OPENED and self._opens(eqn, i, env)):
+                    if layer or _is_view(eqn) or (name in OPENED and self._opens(eqn, i, env)):
                         continue
                     env[v] = self._tap_rows(v, env[v], hole, forming(eqn, v))
             values = [env[v] if is_var(v) else v.val for v in eqn.invars]
@@ -120,7 +123,7 @@ class Walk:
         masks = through(eqn, [*map(_mask, values)])
         if all(mask == _ZERO for mask in masks):
             return [ZERO] * len(masks)
-        if any(map(_mask, values)) and eqn.primitive.name in _OPENED:
+        if any(map(_mask, values)) and eqn.primitive.name in OPENED:
             if eqn.primitive.name == "jit":
                 closed = eqn.params["jaxpr"]
                 return self.run(body_of(closed), getattr(closed, "consts", ()), values, hole)
@@ -313,7 +316,7 @@ def _typed(arrays: Sequence[Any], masks: Sequence[int]) -> list[Any]:
     return [kinds.get(mask, Live)(x) for x, mask in zip(arrays, masks, strict=True)]
 
 
-def total(found: dict[tuple[int, Any], tuple[Layer, int]]) -> dict[int, Cost]:
+def total(found: Found) -> dict[int, Cost]:
     """What measuring each leaf takes: all that it is tapped at, and the largest that is held."""
     costs: dict[int, Cost] = {}
     for (leaf, _), (layer, turns) in found.items():

@@ -23,13 +23,13 @@ from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
 from mtl_optax.jacobian._program import ISOMETRIES, Program, fed, is_var, variables
-from mtl_optax.jacobian._rows import gathered, mix, scaled_products
+from mtl_optax.jacobian._rows import gathered, mix, over_shards, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # With more tasks than these, one more pass through the trunk costs less than it takes to keep the
 # cotangents of all its layers until the weights are known.
-_MOST_TASKS_HELD = 8
+MOST_TASKS_HELD = 8
 
 
 class Use(NamedTuple):
@@ -76,7 +76,7 @@ class Ghost(Way):
         scales = jnp.where(jnp.diagonal(products) == 0, 0, scales * unit)
 
         def mixed(weights: jax.Array) -> dict[int, jax.Array]:
-            if layout.num_tasks > _MOST_TASKS_HELD:
+            if layout.num_tasks > MOST_TASKS_HELD:
                 return {}
             weights = weights * unit
             at_hand = {i: mix(weights, row) for i, row in plain.items()}
@@ -262,9 +262,14 @@ def is_cheaper(uses: Uses, num_tasks: int) -> bool:
 def rows_cost(uses: Uses, num_tasks: int) -> float:
     """Of the rows and their products."""
     e, _, c, f = uses[0].size
+    return num_tasks * (forming(uses) + num_tasks * e * c * f)
+
+
+def forming(uses: Uses) -> int:
+    """Of one row."""
+    e, _, c, f = uses[0].size
     n = sum(use.size[1] for use in uses)
-    form = n * f if uses[0].x_dims is None else n * c * f
-    return num_tasks * e * (form + num_tasks * c * f)
+    return e * n * f * (1 if uses[0].x_dims is None else c)
 
 
 def ghost_cost(uses: Uses, num_tasks: int) -> float:
@@ -290,7 +295,7 @@ def ghost_products(
         unit = jnp.ones((), delta.dtype)
     else:
         x = x.astype(delta.dtype)
-        unit = power_of_two(jnp.max(jnp.abs(x), initial=0))
+        unit = over_shards(jax.lax.pmax, power_of_two(jnp.max(jnp.abs(x), initial=0)))
         x = x / unit
         square = jnp.einsum("enc,emc->enm", x, x, precision=_HIGHEST)
 
@@ -306,6 +311,8 @@ def ghost_products(
         matrix = gramian(square[0], delta.reshape(len(delta), *delta.shape[2:]))
     else:
         matrix = jnp.sum(jax.vmap(gramian, (0, 1))(square, delta), axis=0)
+    # Inside `jax.shard_map` a device may hold a part of the parameter, and of x or y with it.
+    matrix = over_shards(jax.lax.psum, matrix)
     return (matrix + matrix.T) / 2, jnp.full(len(delta), unit)
 
 

@@ -12,7 +12,7 @@ from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
 from mtl_optax.jacobian._rows import keep_rows, scaled_products
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
-from mtl_optax.jacobian.ways._walk import ZERO, View, Walk, total
+from mtl_optax.jacobian.ways._walk import ZERO, Found, View, Walk, total
 
 
 @jax.tree_util.register_dataclass
@@ -49,13 +49,17 @@ class Streamed(Way):
 
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
-        walks: list[Walk] = []
-        jax.eval_shape(lambda linear: _stream(linear.heads(), layout, walks), linear)
-        found = total(walks[0].found) if walks else {}
+        found = total(self.found(linear, layout))
         return {
             i: found.get(i, product_cost("streamed rows", layout.num_tasks, layout.leaf_avals[i]))
             for i in layout.measured_leaves
         }
+
+    def found(self, linear: LinearMap, layout: Layout) -> Found:
+        """What it taps."""
+        walks: list[Walk] = []
+        jax.eval_shape(lambda linear: _stream(linear.heads(), layout, walks), linear)
+        return walks[0].found if walks else {}
 
 
 def _stream(
