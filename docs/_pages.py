@@ -21,6 +21,7 @@ NEEDS = {
     "gramian": "the Gramian: K backward passes, or fewer",
     "rows": "the rows: K backward passes, and the K gradients are held",
     "batches": "the Jacobians of two or three batches: K backward passes each",
+    "validation": "the losses of another batch as a function, and their gradients",
 }
 SCALES = {
     "sum": "like the sum of the gradients",

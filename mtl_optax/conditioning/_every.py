@@ -89,7 +89,7 @@ def every(
 
         def refresh():
             asked = jacobian.watched()
-            result, inner_state = tx.update(asked, state.inner_state, None, **extra_args)
+            result, inner_state = tx.update(asked, state.inner_state, **extra_args)
             scales, weights = asked.weighing(result)
             held = [
                 jnp.where(jacobian.present, new, old).astype(jnp.float32)
