@@ -45,8 +45,14 @@ def scale_by_auto_lambda(
     weight. The weights take a step of their own optimizer first, and then weigh the update. The
     losses of the other batch, held out or only another one of the training data, come with each
     update as the extra argument `validation_fn=`, a function from parameters to losses like those
-    that were differentiated. It costs their gradient and two more passes. Weights start at 0.1 and
-    are free: they may become negative, and then a task is unlearned.
+    that were differentiated::
+
+        tx.update(jac, opt_state, params, validation_fn=lambda p: task_losses(p, other_batch))
+
+    A `flax.nnx.Optimizer` has them as a state: `lambda p: losses_fn(nnx.merge(graph, p), batch)`.
+    It takes all parameters, so this link can't stand inside `mtl.partition`. An update costs about
+    three plain steps. Weights start at 0.1 and are free: they may become negative, and then a task
+    is unlearned.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
