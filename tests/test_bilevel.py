@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from scipy.optimize import minimize
 
 import mtl_optax as mtl
@@ -236,6 +237,29 @@ def test_what_is_missing_is_named():
         tx.update(rows, tx.init(w), w, losses=losses)
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 3\)"):
         tx.update(rows, tx.init(w), w, losses=losses, features=jnp.ones((5, 2)))
+
+
+def test_a_module_and_its_optimizer_rest_between_refreshes():
+    """The function gets the state that the optimizer has; held weights keep its structure."""
+
+    def task_losses(model, x):
+        return {"a": jnp.mean(model(x) ** 2), "b": jnp.mean((model(x) - 1) ** 2)}
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        _, jac = mtl.value_and_jac(task_losses)(model, x)
+        graph, _ = nnx.split(model)
+        validation = lambda params: task_losses(nnx.merge(graph, params), x)  # noqa: E731
+        optimizer.update(model, jac, validation_fn=validation)
+
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    before = task_losses(model, jnp.ones((1, 3)))
+    tx = optax.chain(mtl.every(2, mtl.auto_lambda(2, primary=[1.0, 0.0])), optax.sgd(0.5))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(3):
+        step(model, optimizer, jnp.ones((1, 3)))
+    after = task_losses(model, jnp.ones((1, 3)))
+    assert after["a"] + after["b"] < before["a"] + before["b"]
 
 
 def test_the_trial_step_reaches_heads_and_frozen_parameters_stay():
