@@ -141,7 +141,9 @@ def build(problem: Problem, name: str, settings: Settings, train: Split) -> Prog
     def step(state: TrainState, config: Config, batch: Split) -> tuple[TrainState, Record]:
         (losses, kpis), updates = differentiate(state.params, batch)
         tx = transformation(jax.random.key(0), config)  # each seed's own key is in its state
-        updates, opt_state = tx.update(updates, state.opt_state, state.params, kpis=kpis)
+        losses_fn = lambda params: problem.losses(params, batch)[0]  # noqa: E731
+        more = {"kpis": kpis, "validation_fn": losses_fn, "losses_fn": losses_fn}
+        updates, opt_state = tx.update(updates, state.opt_state, state.params, **more)
         summary = mtl.summarize(opt_state, problem.names)
         weights = [summary[f"weights/{t}"] for t in problem.names if f"weights/{t}" in summary]
         params = optax.apply_updates(state.params, updates)

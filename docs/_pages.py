@@ -21,6 +21,7 @@ NEEDS = {
     "gramian": "the Gramian: K backward passes, or fewer",
     "rows": "the rows: K backward passes, and the K gradients are held",
     "batches": "the Jacobians of two or three batches: K backward passes each",
+    "validation": "the losses of another batch as a function, and their gradients",
 }
 SCALES = {
     "sum": "like the sum of the gradients",
@@ -41,7 +42,7 @@ API = (
     ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
     ("Models", mtl.models, mtl.models.__all__),
-    ("Metrics", mtl.metrics, ("delta_m", "mean_rank", "hypervolume")),
+    ("Metrics", mtl.metrics, ("delta_m", "mean_rank", "hypervolume", "affinity")),
     ("Plots", mtl.plots, mtl.plots.__all__),
     ("Solvers", mtl.solvers, mtl.solvers.__all__),
 )  # fmt: skip

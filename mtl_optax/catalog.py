@@ -18,7 +18,8 @@ class Strategy(NamedTuple):
       name: the name `make` builds it by.
       kind: `"balancer"` (here with `sum_tasks()` behind it) or `"aggregator"`.
       needs: `"losses"` (one backward pass), `"gramian"` (K), `"rows"` (K, and the K gradients are
-        held), or `"batches"` (a tuple of Jacobians of several batches, K each).
+        held), `"batches"` (a tuple of Jacobians of several batches, K each), or `"validation"` (the
+        losses of another batch as a function of the parameters, and their gradients).
       scale: what its update's norm is like: `"sum"`, `"mean"`, `"unit"` (it does not follow the
         norm of the rows) or `"free"`.
       summary: what it does, in a few words.
@@ -33,7 +34,7 @@ class Strategy(NamedTuple):
 
     name: str
     kind: Literal["balancer", "aggregator"]
-    needs: Literal["losses", "gramian", "rows", "batches"]
+    needs: Literal["losses", "gramian", "rows", "batches", "validation"]
     scale: Literal["sum", "mean", "unit", "free"]
     summary: str
     paper: str
@@ -76,6 +77,16 @@ _ROWS = (
              "https://openaccess.thecvf.com/content_ECCV_2018/html/"
              "Michelle_Guo_Focus_on_the_ECCV_2018_paper.html",
              balancers.dtp, stateful=True, extra_args=("kpis",)),
+    Strategy("auto_lambda", "balancer", "validation", "free", "weights that help on another batch",
+             _ARXIV + "2202.03091", balancers.auto_lambda, stateful=True,
+             extra_args=("validation_fn",)),
+    Strategy("moml", "balancer", "validation", "mean", "weights that help all on another batch",
+             _ARXIV + "2102.07121", balancers.moml, stateful=True, extra_args=("validation_fn",)),
+    Strategy("forum", "aggregator", "validation", "free", "down on another batch and in training",
+             _ARXIV + "2401.09257", balancers.forum, stateful=True,
+             extra_args=("losses_fn", "validation_fn")),
+    Strategy("ldc_mtl", "balancer", "losses", "mean", "a learned router, and losses kept together",
+             _ARXIV + "2502.08585", balancers.ldc_mtl, stateful=True, ordered=True),
     Strategy("rlw", "balancer", "losses", "sum", "random weights, drawn anew at each update",
              _ARXIV + "2111.10603", balancers.rlw, stochastic=True, ordered=True),
     Strategy("rgw", "aggregator", "losses", "sum", "random weights, the heads left alone",

@@ -45,7 +45,7 @@ def link(
       An Optax transformation. Its `update` takes `present=`, a bool a task in a tree like the
       losses or in their order, False where the batch has nothing of that task; `losses=` and
       `shared=` (a mask over the parameters) for a `jax.jacrev` tree; all other extra arguments
-      reach `update_fn`.
+      reach `update_fn`, and the parameters as `params=`.
 
     Raises:
       TypeError: by its `update`, if it gets a plain gradient, or `present=` is not of bools.
@@ -72,7 +72,7 @@ def link(
     ) -> Any:
         states.check_state(state, made, lambda: init_fn(params), num_tasks)
         given = get(updates, losses, num_tasks, shared, present)
-        result, new_state = update_fn(given, state, **extra_args)
+        result, new_state = update_fn(given, state, params=params, **extra_args)
         everyone, here = presence(given)
         if not everyone:
             new_state = states.hold(here, new_state, state)

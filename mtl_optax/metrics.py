@@ -1,14 +1,16 @@
-"""Measures of a multi-task result: one number for K metrics."""
+"""Measures of a multi-task result, one number for K metrics, and of how the tasks get on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from mtl_optax.jacobian import flatten_losses, value_and_jac
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Shaped
@@ -147,6 +149,56 @@ def hypervolume(
     gains = _signs(higher_is_better, points) * (points - reference[None])
     inside = jnp.all(gains > 0, axis=1, keepdims=True)  # False for NaN
     return _volume(jnp.where(inside, gains, 0.0))
+
+
+def affinity(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, learning_rate: ArrayLike
+) -> Float[Array, "K K"]:
+    r"""How much a gradient step for one task lowers the loss of another: whom to train together.
+
+    .. math:: Z_{ij} = 1 - \frac{L_j(\theta_s - \eta \nabla_{\theta_s} L_i,\, \theta_j)}
+              {L_j(\theta_s,\, \theta_j)}
+
+    The step is of the shared parameters alone, on the same batch. Above 0 task i helps task j,
+    below 0 it harms it; the diagonal is what a task does for itself. Average it over the steps of a
+    joint training, and train those tasks together whose columns are high in each other's rows.
+
+    Args:
+      loss_fn: `loss_fn(params, *args)` returns the K losses, as for `value_and_jac`.
+      params: its parameters, a pytree of arrays; split a flax module first.
+      *args: the batch.
+      learning_rate: eta > 0, that of the training.
+
+    Returns:
+      ``(K, K)``: row i is what the step for task i does to each loss. Costs K backward passes and K
+      evaluations, one after another.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> losses_fn = lambda w: {"a": jnp.sum((w - 1) ** 2), "b": jnp.sum((w + 1) ** 2)}
+      >>> Z = mtl.metrics.affinity(losses_fn, jnp.zeros(2), learning_rate=0.1)
+      >>> [[round(float(z), 2) for z in row] for row in Z]
+      [[0.36, -0.44], [-0.44, 0.36]]
+
+    References:
+      Fifty et al., `Efficiently Identifying Task Groupings for Multi-Task Learning
+      <https://arxiv.org/abs/2109.04617>`_, 2021, eq. 1.
+    """
+    _, jacobian = value_and_jac(loss_fn)(params, *args)
+
+    def losses_after(weights: jax.Array) -> jax.Array:
+        """The K losses after a step along the weighted gradients."""
+        stepped = jax.tree.map(
+            lambda p, g, is_shared: p - (learning_rate * g).astype(p.dtype) if is_shared else p,
+            params,
+            jacobian.pullback(weights),
+            jacobian.shared,
+        )
+        return flatten_losses(loss_fn(stepped, *args))
+
+    each = jnp.eye(jacobian.num_tasks, dtype=jacobian.dtype)
+    return 1 - jax.lax.map(losses_after, each) / jacobian.loss_vector()[None, :]
 
 
 def _volume(gains: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Pictures of a training: weights, gradient norms, cosines, and the plane of two tasks.
+"""Pictures of a training: weights, gradient norms, cosines, affinity, the plane of two tasks.
 
 They draw what `mtl.summarize` returned at each step, stacked: a dict of ``(T,)`` arrays, as
 `jax.lax.scan` gives it back, or `jax.tree.map(lambda *x: jnp.stack(x), *log)` makes of a list.
 They read in grey as in colour. Matplotlib, the extra "plots", is imported when a picture is drawn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 History = Mapping[str, ArrayLike]
 
-__all__ = ["cosines", "gradient_norms", "pareto_plane", "weights"]
+__all__ = ["affinity", "cosines", "gradient_norms", "pareto_plane", "weights"]
 
 # Okabe and Ito's colours are told apart by all; in grey the line styles and markers do it.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
@@ -97,6 +97,47 @@ def cosines(history: History, *, ax: "Axes | None" = None) -> "Axes":
     ax.set_xlabel("step")
     ax.set_yticks(range(len(series)), list(series))
     ax.figure.colorbar(image, ax=ax, label="cosine (dark: conflict)")
+    return ax
+
+
+def affinity(matrix: ArrayLike, tasks: Sequence[str], *, ax: "Axes | None" = None) -> "Axes":
+    """Draws what a step for each task does to the others, as a heat map with its numbers.
+
+    Args:
+      matrix: `(K, K)` as `mtl.metrics.affinity` returns it, or an average of several.
+      tasks: the K names in their order, such as `jac.names`.
+      ax: as in `weights`.
+
+    Returns:
+      The axes: a row for each task that steps, a column for each that is affected.
+
+    Raises:
+      ImportError: as in `weights`.
+      ValueError: if the matrix is not `(K, K)`.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> ax = mtl.plots.affinity([[0.1, -0.02], [0.03, 0.2]], ("buy", "click"))
+      >>> [text.get_text() for text in ax.texts]
+      ['0.100', '-0.020', '0.030', '0.200']
+    """
+    matrix, size = np.asarray(matrix), len(tasks)
+    if matrix.shape != (size, size):
+        raise ValueError(
+            f"the matrix has shape {matrix.shape}, expected {(size, size)}: a row and a column for "
+            f"each of the tasks {tuple(tasks)}"
+        )
+    ax = _axes(ax)
+    largest = np.max(np.abs(matrix), initial=1e-12)
+    image = ax.imshow(matrix, cmap="cividis", vmin=-largest, vmax=largest)
+    for (i, j), value in np.ndenumerate(matrix):
+        colour = "black" if value > 0 else "white"
+        ax.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour)
+    ax.set_xticks(range(size), list(tasks))
+    ax.set_yticks(range(size), list(tasks))
+    ax.set_xlabel("loss of")
+    ax.set_ylabel("step for")
+    ax.figure.colorbar(image, ax=ax, label="affinity (dark: harms)")
     return ax
 
 

@@ -61,6 +61,12 @@ def mlp_batch(key, tasks=("a", "b", "c"), size=16, width=6, dtype=jnp.float32):
     return x, y
 
 
+def told(rows, losses):
+    """What strategies ask for beside a given Jacobian: that of losses linear in the parameters."""
+    linear = lambda w: [loss + row @ w for loss, row in zip(losses, rows, strict=True)]  # noqa: E731
+    return {"kpis": losses / 10, "validation_fn": linear, "losses_fn": linear}
+
+
 def relative_error(got, expected):
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-300)

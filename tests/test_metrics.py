@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.metrics import delta_m, hypervolume, mean_rank
+from mtl_optax.metrics import affinity, delta_m, hypervolume, mean_rank
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,21 @@ def test_ranks_and_volumes_say_what_does_not_fit():
         hypervolume([[1.0, 2.0]], [0.0, 0.0, 0.0])
     with pytest.raises(ValueError, match="2 of them"):
         hypervolume([[1.0, 2.0]], [0.0, 0.0], higher_is_better=[True])
+
+
+def test_affinity_of_quadratics_is_a_closed_form():
+    """L_j = a_j |w - t_j|^2 / 2 + h_j^2: a step of eta on task i leaves w - eta a_i (w - t_i)."""
+    rng, eta = np.random.default_rng(0), 0.2
+    a, t, h = rng.uniform(0.5, 2, 3), rng.normal(size=(3, 4)), rng.normal(size=3)
+    w = np.mean(t, axis=0)
+
+    def losses_fn(params, scale):
+        distance = lambda j: jnp.sum((params["w"] - jnp.float32(t[j])) ** 2)  # noqa: E731
+        return {k: scale * a[j] * distance(j) + params[k] ** 2 for j, k in enumerate("xyz")}
+
+    params = {"w": jnp.float32(w), **dict(zip("xyz", map(jnp.float32, h), strict=True))}
+    got = jax.jit(lambda p: affinity(losses_fn, p, 0.5, learning_rate=eta))(params)
+    loss = lambda w: a * np.sum((w - t) ** 2, axis=1) / 2 + h**2  # noqa: E731
+    after = np.stack([loss(w - eta * a[i] * (w - t[i])) for i in range(3)])
+    np.testing.assert_allclose(got, 1 - after / loss(w), rtol=1e-5, atol=1e-6)
+    assert np.min(got) < 0 < np.max(got)

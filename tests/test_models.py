@@ -377,6 +377,40 @@ def test_stop_gradient_makes_every_head_its_own():
     assert tasks_by_gradient(model) == expected
 
 
+@pytest.mark.parametrize("kind", ["sizes", "sequential"])
+def test_a_task_at_a_lower_layer_leaves_the_layers_above_alone(kind):
+    """Figure b of the paper: the easiest task at the first layer, the next at the second."""
+    rngs = nnx.Rngs(0)
+    encoder, depths = (WIDTH, 5, 4, 3), {"a": 1, "b": 2}
+    if kind == "sequential":
+        layers = [nnx.Linear(i, o, rngs=rngs) for i, o in pairwise(encoder)]
+        encoder, depths = nnx.Sequential(layers[0], jnp.tanh, *layers[1:]), {"a": 1, "b": 3}
+    model = models.Hierarchical(
+        encoder,
+        dict.fromkeys(TASKS, 2),
+        parents={"c": "a"},
+        depths=depths,
+        features=3 if kind == "sequential" else None,
+        activation=jnp.tanh,
+        rngs=rngs,
+    )
+    assert [model.heads[task].in_features for task in TASKS] == [5, 4, 3 + 2]
+    numbers = {"0": 0, "1": 1, "2": 2} if kind == "sizes" else {"0": 0, "2": 1, "3": 2}
+
+    def tasks_of(path):
+        if path.startswith("heads"):
+            return {"a": {"a", "c"}, "b": {"b"}, "c": {"c"}}[path.split("/")[1]]
+        return [set("abc"), set("bc"), {"c"}][numbers[path.split("/")[2]]]
+
+    expected = {path: tasks_of(path) for path in flat(model)}
+    assert tasks_by_gradient(model) == expected
+    assert shared_by_program(model) == {path: len(t) > 1 for path, t in expected.items()}
+    # The deepest task reads what the encoder returns.
+    h = model.encoder(X)
+    by_hand = model.heads["c"](jnp.concatenate([h, model(X)["a"]], -1))
+    np.testing.assert_allclose(model(X)["c"], by_hand, rtol=1e-6)
+
+
 def paths_by_hand(p, task):
     """Probability of every node of `ltb` on the way to a task, from the first level on."""
     path = [softmax(p[f"reads/{task}"])]
@@ -690,6 +724,13 @@ def small(cls, heads=None, **kwargs):
         (lambda: small(models.Hierarchical, parents={"a": "a"}), "circle 'a' -> 'a'"),
         (lambda: small(models.Hierarchical, parents=["a"]), "parents is .* expected a dictionary"),
         (lambda: small(models.Hierarchical, parents={}, feed="logits"), "feed is 'logits'"),
+        (lambda: small(models.Hierarchical, depths={"z": 1}), "from some of the tasks"),
+        (lambda: small(models.Hierarchical, depths={"a": 9}), "depth of task 'a' is 9, .* at most"),
+        (lambda: small(models.Hierarchical, depths={"a": 0}), "expected an integer >= 1"),
+        (
+            lambda: small(models.Hierarchical, encoder=Pool(nnx.Rngs(0)), depths={"a": 1}),
+            "encoder is a Pool, whose layers are unknown",
+        ),
         (
             lambda: small(models.Hierarchical, parents={"a": "b"}, feed="hidden"),
             r"task 'b' feeds others .* sizes such as \(16, 1\)",

@@ -92,6 +92,19 @@ def test_plane_fills_the_front():
     ]
 
 
+def test_affinity_shows_its_numbers_and_who_is_who():
+    matrix = np.array([[0.2, -0.1, 0.0], [0.05, 0.3, 0.01], [-0.2, 0.1, 0.4]])
+    ax = plots.affinity(matrix, ("a", "b", "c"))
+    (image,) = ax.images
+    assert_allclose(image.get_array(), matrix)
+    assert image.get_clim() == (-0.4, 0.4)
+    assert [text.get_text() for text in ax.texts][:3] == ["0.200", "-0.100", "0.000"]
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("step for", "loss of")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"shape \(3, 3\), expected \(2, 2\)"):
+        plots.affinity(matrix, ("a", "b"))
+
+
 def test_second_link_is_drawn_by_its_field():
     ax = plots.weights({"weights/a": [1.0], "weights.2/a": [2.0]}, field="weights.2")
     assert [line.get_ydata().tolist() for line in ax.lines] == [[2.0]]

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import mtl_optax as mtl
+from tests.problems import told
 
 NAMES = sorted(mtl.STRATEGIES)
 STEPS, WIDTH = 4, 7
@@ -29,7 +30,8 @@ def compiled_run(name, num_tasks):
         rows, losses, present, kpis = at
         jac = mtl.as_jacobian(rows, losses)
         jac = (jac, mtl.as_jacobian(1.5 * rows[..., ::-1], losses)) if batches else jac
-        update, state = tx.update(jac, carry, jnp.zeros(WIDTH), present=present, kpis=kpis)
+        more = told(rows, losses) | {"kpis": kpis}
+        update, state = tx.update(jac, carry, jnp.zeros(WIDTH), present=present, **more)
         return state, (update, plain(state))
 
     def run(rows, losses, present, kpis):

@@ -87,6 +87,8 @@ def test_losses_and_metrics_take_and_return_the_shapes_of_their_signatures():
     assert checked(mtl.metrics.mean_rank)(jnp.ones((4, 2, 3))).shape == (4, 2)
     hypervolume = checked(mtl.metrics.hypervolume)
     assert hypervolume(jnp.ones((4, 2)), jnp.zeros(2)).shape == ()
+    affinity = checked(mtl.metrics.affinity)
+    assert affinity(lambda w: [w[0] ** 2, w[1]], jnp.ones(2), learning_rate=0.1).shape == (2, 2)
     with pytest.raises(jaxtyping.TypeCheckError):
         softmax(logits, labels[0])
     with pytest.raises(jaxtyping.TypeCheckError):

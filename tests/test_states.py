@@ -25,7 +25,9 @@ def trained(name, names, steps=3, **extra_args):
         _, jac = mtl.value_and_jac(losses_of(names))(params)
         kpis = jnp.linspace(0.2, 0.8, len(names))
         jac = (jac, jac) if mtl.STRATEGIES[name].needs == "batches" else jac
-        updates, state = tx.update(jac, state, params, kpis=kpis, **extra_args)
+        losses_fn = losses_of(names)
+        more = {"kpis": kpis, "validation_fn": losses_fn, "losses_fn": losses_fn} | extra_args
+        updates, state = tx.update(jac, state, params, **more)
         params = optax.apply_updates(params, updates)
     return tx, state, params
 

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import mtl_optax as mtl
-from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error
+from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error, told
 
 TASKS = ("a", "b", "c")
 NAMES = sorted(mtl.STRATEGIES)
@@ -33,7 +33,9 @@ def step_fn(name, optimizer=None, **jac_options):
 
     def step(params, opt_state, x, y):
         losses, jac = mtl.value_and_jac(mlp_losses, **jac_options)(params, x, y)
-        updates, opt_state = tx.update(jac, opt_state, params, kpis=KPIS, unexpected=1.0)
+        losses_fn = lambda p: mlp_losses(p, x, y)  # noqa: E731
+        more = {"kpis": KPIS, "validation_fn": losses_fn, "losses_fn": losses_fn}
+        updates, opt_state = tx.update(jac, opt_state, params, **more, unexpected=1.0)
         return optax.apply_updates(params, updates), opt_state, losses
 
     return tx, step
@@ -159,7 +161,7 @@ def test_a_numeric_option_follows_a_schedule(name):
     factory = optax.inject_hyperparams(row.factory, static_args=static)
     key = {"key": jax.random.key(0)} if row.stochastic else {}
     tx = factory(num_tasks=3, **{option: optax.constant_schedule(default)}, **key)
-    step = jax.jit(lambda m, s: tx.update(m, s, m[0], losses=LOSSES, kpis=LOSSES / 10))
+    step = jax.jit(lambda m, s: tx.update(m, s, m[0], losses=LOSSES, **told(m, LOSSES)))
     update, state = step(MATRIX, tx.init(MATRIX[0]))
     np.testing.assert_allclose(state.hyperparams[option], default, rtol=1e-6)
     assert relative_error(update, aggregate(name, MATRIX, LOSSES)[0]) < 1e-5
@@ -172,7 +174,7 @@ def test_a_numeric_option_follows_a_schedule(name):
 def link_step(name, num_tasks=3):
     """The jitted update of given Jacobians and its first state: one program for all laws."""
     tx = make(name, num_tasks)
-    step = jax.jit(lambda m, s, losses: tx.update(m, s, m[0], losses=losses, kpis=losses / 10))
+    step = jax.jit(lambda m, s, losses: tx.update(m, s, m[0], losses=losses, **told(m, losses)))
     return step, tx.init(MATRIX[0])
 
 
@@ -187,8 +189,9 @@ MATRIX = jax.random.normal(jax.random.key(7), (3, 10)) - 0.3
 LOSSES = jnp.array([0.7, 1.1, 2.0])
 
 
-# M-ConFIG divides by the root of a second moment plus an epsilon, like Adam.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "m_config"])
+# M-ConFIG divides by the root of a second moment plus an epsilon, like Adam. FORUM adds unit
+# gradients of a validation batch and a multiple of the training batch's.
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("m_config", "forum")])
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_scaling_the_jacobian_scales_the_update(name, scale):
     update, _ = aggregate(name, MATRIX, LOSSES)

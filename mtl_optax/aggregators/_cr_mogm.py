@@ -71,7 +71,7 @@ def cr_mogm(
 
     def update_fn(jacobian, state, **extra_args):
         # The aggregator's own update is not used; under jit it is not computed either.
-        _, inner_state = inner.update(jacobian, state.inner_state, None, **extra_args)
+        _, inner_state = inner.update(jacobian, state.inner_state, **extra_args)
         found = _weights(inner_state, num_tasks)
         usable = jnp.all(jnp.isfinite(found) | ~jacobian.present)
         past = jnp.where(state.count > 0, decay, 0)

@@ -63,7 +63,7 @@ def match_norm(
 
     def update_fn(jacobian, state, **extra_args):
         watched = jacobian.watched()
-        update, inner_state = inner.update(watched, state.inner_state, None, **extra_args)
+        update, inner_state = inner.update(watched, state.inner_state, **extra_args)
         shared = jax.tree.leaves(jacobian.shared)
         plain = watched.combine(1.0) if to == "sum" else mean_of(watched)
         (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)

@@ -1,15 +1,19 @@
 """Balancers: links from a Jacobian to a Jacobian, and the whole strategies they make."""
 
+from mtl_optax.balancers._auto_lambda import auto_lambda, scale_by_auto_lambda
 from mtl_optax.balancers._cosmos import cosmos, scale_by_cosmos
 from mtl_optax.balancers._cov import cov, scale_by_cov
 from mtl_optax.balancers._dtp import dtp, scale_by_dtp
 from mtl_optax.balancers._dwa import dwa, scale_by_dwa
 from mtl_optax.balancers._encodec import encodec, scale_by_encodec
 from mtl_optax.balancers._famo import famo, scale_by_famo
+from mtl_optax.balancers._forum import forum
 from mtl_optax.balancers._gls import gls, scale_by_gls
 from mtl_optax.balancers._gradnorm import gradnorm, scale_by_gradnorm
 from mtl_optax.balancers._imtl_l import imtl, imtl_l, scale_by_imtl_l
+from mtl_optax.balancers._ldc_mtl import ldc_mtl, scale_by_ldc_mtl
 from mtl_optax.balancers._lr_annealing import lr_annealing, scale_by_lr_annealing
+from mtl_optax.balancers._moml import moml, scale_by_moml
 from mtl_optax.balancers._ntk import ntk, ntk_traces, scale_by_ntk
 from mtl_optax.balancers._pareto import pareto, scale_by_pareto
 from mtl_optax.balancers._pbi import pbi, scale_by_pbi
@@ -23,23 +27,28 @@ from mtl_optax.balancers._uwso import scale_by_uwso, uwso
 from mtl_optax.balancers._weights import scale_by_weights, weights
 
 __all__ = [
+    "auto_lambda",
     "cosmos",
     "cov",
     "dtp",
     "dwa",
     "encodec",
     "famo",
+    "forum",
     "gls",
     "gradnorm",
     "imtl",
     "imtl_l",
+    "ldc_mtl",
     "lr_annealing",
+    "moml",
     "ntk",
     "ntk_traces",
     "pareto",
     "pbi",
     "relobralo",
     "rlw",
+    "scale_by_auto_lambda",
     "scale_by_cosmos",
     "scale_by_cov",
     "scale_by_dtp",
@@ -49,7 +58,9 @@ __all__ = [
     "scale_by_gls",
     "scale_by_gradnorm",
     "scale_by_imtl_l",
+    "scale_by_ldc_mtl",
     "scale_by_lr_annealing",
+    "scale_by_moml",
     "scale_by_ntk",
     "scale_by_pareto",
     "scale_by_pbi",

@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._typing import Schedule
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, is_traced, link
+from mtl_optax.links import check_num_tasks, conform, is_traced, link
 from mtl_optax.states import PerTask, link_states, num_tasks_of
 
 
@@ -84,12 +84,12 @@ def every(
         zero, ones = jnp.zeros([], jnp.int32), jnp.ones(tasks, jnp.float32)
         return EveryState(zero, zero, ones, ones / tasks, jnp.zeros(tasks, bool), inner_state)
 
-    def update_fn(jacobian, state, **extra_args):
+    def update_fn(jacobian, state, *, params=None, **extra_args):
         due = (state.wait <= 0) | jnp.any(jacobian.present & ~state.weighed)
 
         def refresh():
             asked = jacobian.watched()
-            result, inner_state = tx.update(asked, state.inner_state, None, **extra_args)
+            result, inner_state = tx.update(asked, state.inner_state, params, **extra_args)
             scales, weights = asked.weighing(result)
             held = [
                 jnp.where(jacobian.present, new, old).astype(jnp.float32)
@@ -102,7 +102,7 @@ def every(
 
         def rest():
             held = jacobian.here().scale(scales)
-            update = held.combine(state.held_weights) if aggregates else ()
+            update = conform(held.combine(state.held_weights), params) if aggregates else ()
             return update, scales, state.held_weights, state.weighed, state.inner_state
 
         update, scales, weights, weighed, inner_state = jax.lax.cond(due, refresh, rest)

@@ -3,7 +3,7 @@
 | model | the tasks share |
 |---|---|
 | `HardSharing` | one encoder |
-| `Hierarchical` | one encoder, and the layers of easier tasks that feed harder ones |
+| `Hierarchical` | one encoder or its lower layers, and easier heads that feed harder ones |
 | `MTAN` | one network, whose blocks each task reads through its own attention masks |
 | `CrossStitch` | the features of one network a task, mixed after every block |
 | `LTB` | the blocks of a tree that is learned: each block chooses which one to read |

@@ -1,4 +1,4 @@
-"""Task hierarchy: what an easier task has found out feeds the layers of a harder one."""
+"""Task hierarchy: an easier task feeds the layers of a harder one, or sits at a lower layer."""
 
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
@@ -14,6 +14,7 @@ from mtl_optax.models._base import (
     Builder,
     Layer,
     Sizes,
+    check_count,
     is_layer,
     require_width,
     task_names,
@@ -21,15 +22,17 @@ from mtl_optax.models._base import (
 
 
 class Hierarchical(nnx.Module):
-    r"""A shared encoder, and heads that also read the heads of easier tasks.
+    r"""A shared encoder, and heads that read the heads of easier tasks, or a layer of their own.
 
-    .. math:: y_k = \mathrm{head}_k([h, z_{p_1}, z_{p_2}, \dots]), \quad h = \mathrm{encoder}(x),
-        \; p_i \in \mathrm{parents}(k)
+    .. math:: y_k = \mathrm{head}_k([h_{d_k}, z_{p_1}, z_{p_2}, \dots]), \quad
+        h_d = \mathrm{layer}_d(h_{d-1}), \; h_0 = x, \quad p_i \in \mathrm{parents}(k)
 
     where :math:`z_p` is the output of the easier task p, or the features before its last layer.
-    Parts are concatenated along the last axis, the parents in sorted order.
+    Parts are concatenated along the last axis, the parents in sorted order. A task whose
+    :math:`d_k` is not the last layer is supervised there: the layers above are none of its own.
 
-    **Shared by all tasks**: ``encoder``. **Shared by an easier task and all tasks downstream of
+    **Shared by all tasks**: ``encoder``, up to the least depth; a layer above it by the tasks whose
+    depth reaches it. **Shared by an easier task and all tasks downstream of
     it**: ``heads[easier]``, since the loss of a harder task reaches them through what is fed; with
     ``feed="hidden"`` all but its last layer. **Of one task**: the heads that feed no other task,
     with ``feed="hidden"`` also the last layer of each head, and with ``stop_gradient=True`` every
@@ -40,6 +43,9 @@ class Hierarchical(nnx.Module):
       heads: as in `HardSharing`; a module reads the features and what is fed, concatenated.
       parents: for each harder task, the easier task or tasks that feed it. Tasks left out read the
         features alone; the tasks must not feed each other in a circle.
+      depths: for an easier task, after how many layers of the encoder its head sits, at least 1;
+        tasks left out read what the encoder returns. Takes an encoder given by sizes, an `MLP` or
+        an ``nnx.Sequential``, of which every entry counts.
       feed: ``"outputs"`` feeds what an easier task predicts (variables such as logits), and
         ``"hidden"`` the features before its last layer. The latter needs a head with several
         layers, such as ``(16, 1)``, or a module with methods ``hidden(x)`` and ``readout(hidden)``,
@@ -52,8 +58,9 @@ class Hierarchical(nnx.Module):
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: as in `HardSharing`, and if ``parents`` names an unknown task, has a circle, or
-        a task that feeds others has no such features as ``feed`` asks for.
+      ValueError: as in `HardSharing`, and if ``parents`` or ``depths`` name an unknown task, there
+        is a circle, the encoder has no such layer, or a task that feeds others has no such features
+        as ``feed`` asks for.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -67,6 +74,14 @@ class Hierarchical(nnx.Module):
       >>> model.heads["buy"].in_features  # 16 features and the 2 outputs of "click"
       18
 
+      The easier task at the first of three layers:
+
+      >>> model = models.Hierarchical(
+      ...     (4, 32, 16, 8), {"buy": 1, "click": 2}, depths={"click": 1}, rngs=nnx.Rngs(0)
+      ... )
+      >>> {task: head.in_features for task, head in model.heads.items()}
+      {'buy': 8, 'click': 32}
+
     References:
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, 2018, section 4.
@@ -77,7 +92,8 @@ class Hierarchical(nnx.Module):
         encoder: Layer | Sizes,
         heads: Mapping[str, Layer | Sizes],
         *,
-        parents: Mapping[str, str | Sequence[str]],
+        parents: Mapping[str, str | Sequence[str]] | None = None,
+        depths: Mapping[str, int] | None = None,
         feed: str = "outputs",
         stop_gradient: bool = False,
         features: int | None = None,
@@ -92,19 +108,22 @@ class Hierarchical(nnx.Module):
         self.tasks = task_names(heads)
         self.feed = feed
         self.stop_gradient = stop_gradient
-        edges = _check_parents(parents, self.tasks)
+        edges = _check_parents({} if parents is None else parents, self.tasks)
         self.order = _topological_order(edges)
         # In a tuple, since nnx would take a dictionary for part of the parameters.
         self.parents = tuple(edges[task] for task in self.order)
         self.encoder, width = build.encoder(encoder, features)
+        depths = {} if depths is None else _check_depths(depths, self.tasks, self.encoder)
+        self.depths = tuple(depths.get(task) for task in self.order)
 
         self.easier = tuple(sorted({parent for task in self.tasks for parent in edges[task]}))
         built: dict[str, Any] = {}
-        for task in self.order:
-            head, inputs = heads[task], width
+        for task, depth in zip(self.order, self.depths, strict=True):
+            head = heads[task]
+            inputs = width if depth is None else build.width(self.encoder.layers[depth - 1])
             if not is_layer(head):
                 why = f"the head of task {task!r} is given by sizes"
-                inputs = require_width(width, why) + sum(
+                inputs = require_width(inputs, why) + sum(
                     self._fed_width(p, built[p], why) for p in edges[task]
                 )
             built[task] = build.head(task, head, inputs)
@@ -114,13 +133,12 @@ class Hierarchical(nnx.Module):
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """Outputs of all tasks; what follows ``x`` goes to the encoder."""
-        shared = self.encoder(x, *args, **kwargs)
+        levels = self._levels(x, *args, **kwargs)
         outputs, fed = {}, {}
-        for task, parents in zip(self.order, self.parents, strict=True):
-            head = self.heads[task]
-            inputs = (
-                jnp.concatenate([shared, *(fed[p] for p in parents)], -1) if parents else shared
-            )
+        for task, parents, depth in zip(self.order, self.parents, self.depths, strict=True):
+            head, inputs = self.heads[task], levels[depth]
+            if parents:
+                inputs = jnp.concatenate([inputs, *(fed[p] for p in parents)], -1)
             if self.feed == "hidden" and task in self.easier:
                 hidden = head.hidden(inputs)
                 outputs[task], fed[task] = head.readout(hidden), hidden
@@ -129,6 +147,20 @@ class Hierarchical(nnx.Module):
             if self.stop_gradient:
                 fed[task] = jax.lax.stop_gradient(fed[task])
         return {task: outputs[task] for task in self.tasks}
+
+    def _levels(self, x: Any, *args: Any, **kwargs: Any) -> dict[int | None, Any]:
+        """What the encoder's layers return that heads read, by depth; None is the last one."""
+        if not any(self.depths):
+            return {None: self.encoder(x, *args, **kwargs)}
+        levels: dict[int | None, Any] = {}
+        final = getattr(self.encoder, "activate_final", None)  # None but for an MLP
+        for depth, layer in enumerate(self.encoder.layers, start=1):
+            x = layer(x, *args, **kwargs)
+            args, kwargs = (), {}
+            if final or (final is False and depth < len(self.encoder.layers)):
+                x = self.encoder.activation(x)
+            levels[depth] = levels[None] = x
+        return levels
 
     def _fed_width(self, parent: str, head: Any, why: str) -> int:
         name = "out_features" if self.feed == "outputs" else "hidden_features"
@@ -161,6 +193,27 @@ def _check_parents(
                 )
         edges[task] = tuple(sorted(set(easier)))
     return edges
+
+
+def _check_depths(depths: Any, tasks: tuple[str, ...], encoder: Any) -> dict[str, int]:
+    """The depths of the tasks that have one."""
+    if not isinstance(depths, Mapping) or set(depths) - set(tasks):
+        raise ValueError(
+            f"depths is {depths!r}, expected a dictionary from some of the tasks {tasks} to a "
+            "number of layers, such as {'click': 1}"
+        )
+    if not isinstance(encoder, MLP | nnx.Sequential):
+        raise ValueError(
+            f"depths is given, and the encoder is a {type(encoder).__name__}, whose layers are "
+            "unknown: give it by sizes, such as (8, 32, 16), or as an nnx.Sequential of its layers"
+        )
+    for task, depth in depths.items():
+        if check_count(depth, f"the depth of task {task!r}") > len(encoder.layers):
+            raise ValueError(
+                f"the depth of task {task!r} is {depth}, expected at most {len(encoder.layers)}, "
+                "the number of layers of the encoder"
+            )
+    return dict(depths)
 
 
 def _topological_order(edges: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
