@@ -78,7 +78,7 @@ def adatask(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        count = state.count + 1
+        count = jnp.asarray(optax.safe_increment(state.count))
 
         def debiased(moment: jax.Array, beta: float | jax.Array) -> jax.Array:
             mass = -jnp.expm1(count * jnp.log(beta))  # 1 - beta^t, which would cancel near 1

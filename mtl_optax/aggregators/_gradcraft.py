@@ -65,8 +65,9 @@ def gradcraft(
       [1.6, 3.2]
 
     Differs from:
-      The authors' code inverts :math:`A_i A_i^\top`, which has no inverse for dependent rows, and
-      takes the norms of trunk and head together.
+      The authors' code inverts :math:`A_i A_i^\top`, which has no inverse for dependent rows. It
+      takes trunk and head together for one row, so that the heads have a say in the norms and are
+      weighed too, K times as much as the trunk.
 
     References:
       Bai et al., `GradCraft: Elevating Multi-task Recommendations through Holistic Gradient
