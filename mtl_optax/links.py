@@ -11,6 +11,7 @@ import optax
 from jax.core import Tracer
 
 from mtl_optax import states
+from mtl_optax._numerics import divide
 from mtl_optax.jacobian import Jacobian, as_jacobian
 
 
@@ -295,6 +296,31 @@ def dealt(values: jax.Array, present: jax.Array) -> jax.Array:
 def keep_finite(new: jax.Array, old: jax.Array) -> jax.Array:
     """`new` where it is finite, else `old`: a NaN task must not poison a strategy's state."""
     return jnp.where(jnp.isfinite(new), new, old)
+
+
+def running_mean(
+    new: jax.Array,
+    sums: jax.Array,
+    masses: jax.Array,
+    decay: float | jax.Array,
+    present: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A moving average whose zeros of the start have no weight; what is not finite leaves it.
+
+    Args:
+      new: `(K,)`, one number a task.
+      sums: `(K,)` float32, the average before its debiasing, 0 at first.
+      masses: `(K,)` float32, the weights of all numbers in it, 0 at first.
+      decay: weight of the past.
+      present: `(K,)` bool, the tasks whose average moves.
+
+    Returns:
+      The average, 0 where there is none yet, and the new sums and masses.
+    """
+    seen, new = present & jnp.isfinite(new), new.astype(sums.dtype)
+    sums = jnp.where(seen, decay * sums + (1 - decay) * new, sums)
+    masses = jnp.where(seen, decay * masses + (1 - decay), masses)
+    return divide(sums, masses), sums, masses
 
 
 def task_zeros(num_tasks: int, params: Any) -> Any:

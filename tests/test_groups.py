@@ -124,7 +124,8 @@ def test_groups_name_what_does_not_fit(problem):
 
 # Weights that rest.
 
-ONCE = {"graddrop", "trimmed_mean", "db_mtl", "moco", "m_config"}  # not weights of these rows
+# Not weights of these rows.
+ONCE = {"graddrop", "trimmed_mean", "db_mtl", "moco", "m_config", "metabalance", "adatask"}
 # One of each kind; the others weigh by the same calls, and their programs take long to compile.
 WEIGHING = {
     "sum", "mean", "dwa", "uncertainty", "gradnorm", "pareto", "lr_annealing", "scale_invariant",

@@ -1,20 +1,24 @@
 """Aggregators: links from a Jacobian to one gradient."""
 
+from mtl_optax.aggregators._adatask import adatask
 from mtl_optax.aggregators._aligned_mtl import aligned_mtl
 from mtl_optax.aggregators._cagrad import cagrad
 from mtl_optax.aggregators._conflict_free import conflict_free
+from mtl_optax.aggregators._conicgrad import conicgrad
 from mtl_optax.aggregators._cr_mogm import cr_mogm
 from mtl_optax.aggregators._db_mtl import db_mtl
 from mtl_optax.aggregators._dualproj import dualproj
 from mtl_optax.aggregators._epo import epo
 from mtl_optax.aggregators._excess_mtl import excess_mtl
 from mtl_optax.aggregators._fairgrad import fairgrad
+from mtl_optax.aggregators._gradcraft import gradcraft
 from mtl_optax.aggregators._graddrop import graddrop
 from mtl_optax.aggregators._gradvac import gradvac
 from mtl_optax.aggregators._imtl_g import imtl_g
 from mtl_optax.aggregators._krum import krum
 from mtl_optax.aggregators._m_config import m_config
 from mtl_optax.aggregators._match_norm import match_norm
+from mtl_optax.aggregators._metabalance import metabalance
 from mtl_optax.aggregators._mgda import mgda
 from mtl_optax.aggregators._moco import moco
 from mtl_optax.aggregators._modo import modo
@@ -28,15 +32,18 @@ from mtl_optax.aggregators._trimmed_mean import trimmed_mean
 from mtl_optax.aggregators._upgrad import upgrad
 
 __all__ = [
+    "adatask",
     "aligned_mtl",
     "cagrad",
     "conflict_free",
+    "conicgrad",
     "cr_mogm",
     "db_mtl",
     "dualproj",
     "epo",
     "excess_mtl",
     "fairgrad",
+    "gradcraft",
     "graddrop",
     "gradvac",
     "imtl_g",
@@ -45,6 +52,7 @@ __all__ = [
     "match_norm",
     "mean",
     "mean_tasks",
+    "metabalance",
     "mgda",
     "moco",
     "modo",

@@ -80,6 +80,12 @@ def relative_norms(norms: jax.Array) -> jax.Array:
     return divide(norms, jnp.max(norms), norms)
 
 
+def towards(target: jax.Array, norms: jax.Array, relax_factor: float | jax.Array) -> jax.Array:
+    """The weights that bring norms the part r of the way to the target; finite for a norm of 0."""
+    ratio = jnp.minimum(divide(target, norms, 1), jnp.finfo(norms.dtype).max)
+    return relax_factor * ratio + (1 - relax_factor)
+
+
 class SymmetricFactors(NamedTuple):
     """Eigenvalues and vectors of a correlation matrix, those of rounding marked."""
 

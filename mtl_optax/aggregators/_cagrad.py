@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, dot
-from mtl_optax.aggregators._base import relative_norms, solved_aggregator
+from mtl_optax._numerics import divide
+from mtl_optax.aggregators._base import solved_aggregator
+from mtl_optax.aggregators._best_worst import best_worst, mean_of_rows
 from mtl_optax.links import check_choice, check_option
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 RESCALES = (None, "1+c", "1+c2")
-_MAX_STEPS = 50
 
 
 def cagrad(
@@ -81,60 +81,14 @@ def cagrad(
 
 
 def _weights(cosines, norms, radius, present):
-    K, num_present = norms.size, jnp.maximum(jnp.sum(present), 1).astype(norms.dtype)
-    eps = jnp.finfo(norms.dtype).eps
-    relative = relative_norms(norms)
-    mean = relative / num_present
-    slopes = dot(cosines, mean)
-    square = jnp.vdot(mean, slopes)
+    mean = mean_of_rows(cosines, norms, present)
+
+    def start(ascent, ratios):
+        del ratios
+        return (1 + radius) * ascent.gain
+
+    lift = best_worst(cosines, cosines, mean, present, radius, start, nonnegative_qp_of_cosines)
     # A mean that cancels to rounding has no direction, and no ball around it.
-    stationary_mean = square <= 4 * K * eps * jnp.sum(mean) ** 2
-    length = jnp.where(stationary_mean, 1, jnp.sqrt(jnp.maximum(square, 0)))
-    slopes = slopes / length
-
-    # In units of the mean's norm, and with the bound μ in units of the least norm besides, row k
-    # asks for <u_k, d> >= μ ρ_k with ρ_k <= 1.
-    smallest = jnp.min(jnp.where(relative > 0, relative, 1))
-    ratios = divide(smallest, relative)
-
-    ridge = 4 * K * eps
-    eye = jnp.eye(K, dtype=norms.dtype)
-
-    # The steepest common ascent comes first. With η² the program's -2 × optimum, 1 / η is what all
-    # tasks can gain along a unit vector. Where that is below the rounding of the Gramian no μ > 0
-    # is attainable; nor is it for a zero row of a task that is present.
-    def upper_bound(ascent):
-        seen = jnp.vdot(ascent, dot(cosines, ascent)) > 4 * ridge * jnp.vdot(ascent, ascent)
-        eta = jnp.sqrt(jnp.maximum(jnp.vdot(ratios, ascent), 1))
-        attainable = seen & jnp.all((relative > 0) | ~present)
-        return jnp.where(attainable, (1 + radius) / eta, 0)
-
-    def unsolved(carry):
-        *_, done, steps = carry
-        return ~done & (steps < _MAX_STEPS)
-
-    def body(carry):
-        _, bound, _, _, steps = carry
-        first = steps == 0
-        # One call of the solver, for one copy of it in the program.
-        solution = nonnegative_qp_of_cosines(
-            cosines + jnp.where(first, ridge, 0) * eye,
-            jnp.where(first, 0, slopes) - jnp.where(first, 1, bound) * ratios,
-        )
-        lift = solution.x
-        distance = jnp.sqrt(jnp.maximum(jnp.vdot(lift, dot(cosines, lift)), 0))
-        gain = jnp.vdot(ratios, lift)  # distance times its derivative in the bound
-        rounding = eps * (distance + divide(jnp.sum(lift) ** 2, distance))
-        excess = distance - radius
-        # Convex: from above, Newton's iterates stay above the root.
-        following = bound - divide(excess * distance, gain)
-        done = (excess <= 4 * rounding) | (gain <= 0) | (following >= bound)
-        bound = jnp.where(first, upper_bound(lift), following)
-        return lift, bound, solution.converged, done & ~first, steps + 1
-
-    false = jnp.zeros((), bool)
-    start = (jnp.zeros_like(norms), jnp.zeros_like(radius), false, false, jnp.zeros((), jnp.int32))
-    lift, _, converged, done, _ = jax.lax.while_loop(unsolved, body, start)
-    lift = jnp.where(stationary_mean, 0, lift)
-    solved = (done & converged) | stationary_mean
-    return 1 / num_present + divide(length * lift, relative), solved
+    moved = jnp.where(mean.stationary, 0, lift.weights)
+    weights = mean.share + divide(mean.length * moved, mean.relative)
+    return weights, lift.solved | mean.stationary

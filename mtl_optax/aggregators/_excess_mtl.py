@@ -1,6 +1,5 @@
 """ExcessMTL: weight a task by how far it still is from its own optimum."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax.aggregators._simplex_steps import exchange
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
@@ -93,11 +93,7 @@ def excess_mtl(
         starts = warm & finite & (risk > 0)
         initial = state.initial_risk + jnp.where(starts, risk / warmup, 0)
         moves = jacobian.present & finite & ~warm
-        total = functools.partial(jax.nn.logsumexp, where=moves)
-        # Their sum stays. A weight may return from 0 as long as its logarithm is finite.
-        raised = state.log_weights + jnp.minimum(step_size * divide(risk, initial, 1), 1e30)
-        raised = jnp.maximum(raised - total(raised) + total(state.log_weights), -1e30)
-        log_weights = jnp.where(moves, raised, state.log_weights)
+        log_weights = exchange(state.log_weights, step_size * divide(risk, initial, 1), moves)
         weights = jax.nn.softmax(log_weights, where=jacobian.present)
         new_state = ExcessMtlState(
             weights, log_weights, initial, treedef.unflatten(roots), state.count + starts

@@ -1,5 +1,7 @@
 """What the methods share that move weights over the simplex a step at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,18 @@ def simplex_step(
     usable = jnp.all(jnp.isfinite(slope) | ~present)
     moved = project_on_simplex(weights - step_size * jnp.where(usable, slope, 0), present)
     return jnp.where(usable, moved, weights).astype(weights.dtype)
+
+
+def exchange(log_weights: jax.Array, raised_by: jax.Array, moves: jax.Array) -> jax.Array:
+    """An exponentiated-gradient step of weights, by their logarithms: their sum stays.
+
+    Only those that move exchange theirs, with one another.
+    """
+    total = functools.partial(jax.nn.logsumexp, where=moves)
+    # A weight may return from 0 as long as its logarithm is finite.
+    raised = log_weights + jnp.clip(raised_by, -1e30, 1e30)
+    raised = jnp.maximum(raised - total(raised) + total(log_weights), -1e30)
+    return jnp.where(moves, raised, log_weights)
 
 
 def _or_one(x: jax.Array) -> jax.Array:

@@ -3,12 +3,18 @@
 from mtl_optax.balancers._auto_lambda import auto_lambda, scale_by_auto_lambda
 from mtl_optax.balancers._cosmos import cosmos, scale_by_cosmos
 from mtl_optax.balancers._cov import cov, scale_by_cov
+from mtl_optax.balancers._db_pinn import db_pinn, scale_by_db_pinn
 from mtl_optax.balancers._dtp import dtp, scale_by_dtp
 from mtl_optax.balancers._dwa import dwa, scale_by_dwa
 from mtl_optax.balancers._encodec import encodec, scale_by_encodec
 from mtl_optax.balancers._famo import famo, scale_by_famo
 from mtl_optax.balancers._forum import forum
 from mtl_optax.balancers._gls import gls, scale_by_gls
+from mtl_optax.balancers._go4align import go4align, scale_by_go4align
+from mtl_optax.balancers._grad_norm_weights import (
+    grad_norm_weights,
+    scale_by_grad_norm_weights,
+)
 from mtl_optax.balancers._gradnorm import gradnorm, scale_by_gradnorm
 from mtl_optax.balancers._imtl_l import imtl, imtl_l, scale_by_imtl_l
 from mtl_optax.balancers._ldc_mtl import ldc_mtl, scale_by_ldc_mtl
@@ -30,12 +36,15 @@ __all__ = [
     "auto_lambda",
     "cosmos",
     "cov",
+    "db_pinn",
     "dtp",
     "dwa",
     "encodec",
     "famo",
     "forum",
     "gls",
+    "go4align",
+    "grad_norm_weights",
     "gradnorm",
     "imtl",
     "imtl_l",
@@ -51,11 +60,14 @@ __all__ = [
     "scale_by_auto_lambda",
     "scale_by_cosmos",
     "scale_by_cov",
+    "scale_by_db_pinn",
     "scale_by_dtp",
     "scale_by_dwa",
     "scale_by_encodec",
     "scale_by_famo",
     "scale_by_gls",
+    "scale_by_go4align",
+    "scale_by_grad_norm_weights",
     "scale_by_gradnorm",
     "scale_by_imtl_l",
     "scale_by_ldc_mtl",

@@ -52,6 +52,13 @@ def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
     return (rows.astype(wide(rows.dtype)) * scales).astype(rows.dtype)
 
 
+def row_norms(rows: jax.Array) -> jax.Array:
+    """The norms of the rows of one leaf, `(K,)`, at any scale of theirs."""
+    (unit,), scales = _unit_rows([rows], wide(rows.dtype))
+    squares = jnp.sum(unit**2, axis=tuple(range(1, rows.ndim)))
+    return scales * jnp.sqrt(over_shards(jax.lax.psum, squares))
+
+
 def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
     """The rows of some tasks, the others 0 even if they were NaN."""
     return jnp.where(tasks.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
