@@ -13,6 +13,12 @@ from jax.typing import ArrayLike
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Shaped
 
+__all__ = ["delta_m", "hypervolume", "mean_rank"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def delta_m(
     metrics: Shaped[ArrayLike, "*seeds K"],

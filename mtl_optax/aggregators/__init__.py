@@ -1,5 +1,6 @@
 """Aggregators: links from a Jacobian to one gradient."""
 
+from mtl_optax._calls import explain_calls
 from mtl_optax.aggregators._aligned_mtl import aligned_mtl
 from mtl_optax.aggregators._cagrad import cagrad
 from mtl_optax.aggregators._conflict_free import conflict_free
@@ -58,3 +59,5 @@ __all__ = [
     "trimmed_mean",
     "upgrad",
 ]
+
+explain_calls(globals(), __all__)
