@@ -1,7 +1,9 @@
 """What the package offers, by name, and what its factories answer to a wrong call."""
 
 import inspect
+import pathlib
 import pickle
+import tomllib
 
 import jax
 import pytest
@@ -67,6 +69,14 @@ def test_every_aggregator_takes_the_number_of_tasks(name):
         tx.update(jac, tx.init(1.0))
     with pytest.raises(ValueError, match="num_tasks=0"):
         getattr(mtl, name)(0)
+
+
+def test_the_version_is_one():
+    root = pathlib.Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert project["version"] == mtl.__version__
+    assert f"\nversion: {mtl.__version__}\n" in citation
 
 
 def test_factories_are_pickled_by_their_public_name():
