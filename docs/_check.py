@@ -3,8 +3,8 @@
     python docs/_check.py site                        # every page, at 1,400 and 400 pixels
     python docs/_check.py site --screenshots DIR      # and pictures, light and dark
 
-It finds elements wider than the page, code that is cut, raw TeX, missing pictures and, without a
-browser, links to pages and headings that there are not.
+It finds pages wider than the window, code that is cut, broken names, raw TeX, missing pictures and,
+without a browser, links to pages and headings that there are not.
 """
 
 import argparse
@@ -43,6 +43,9 @@ function look(page, width, view) {
       const line = code.textContent.split("\\n").sort((a, b) => b.length - a.length)[0];
       report(`code is cut: ${line}`);
     }
+  for (const code of doc.querySelectorAll(":not(pre) > code"))
+    if (/^[\\w.]{1,40}$/.test(code.textContent) && code.getClientRects().length > 1)
+      report(`a name is broken: ${code.textContent}`);
   for (const image of doc.images)
     if (image.loading !== "lazy" && !image.naturalWidth) report(`no picture ${image.src}`);
   for (const element of doc.querySelectorAll(".arithmatex"))

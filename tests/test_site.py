@@ -19,6 +19,7 @@ import _methods  # noqa: E402
 import _notebooks  # noqa: E402
 import _pictures  # noqa: E402
 
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # What people come for, and the heading under which they find it.
 QUESTIONS = {
     "freeze": "How do I freeze a part of the model?",
@@ -86,12 +87,21 @@ def test_the_check_finds_what_is_wrong(tmp_path):
     (tmp_path / "index.html").write_text(
         '<!doctype html><body style="margin: 0"><article><p style="width: 700px">wide</p>'
         '<pre><code style="display: block; overflow: auto; width: 50px">a_long_line_of_code</code>'
-        r'</pre><img src="none.png"><span class="arithmatex">\(x\)</span> $$y$$ <a href="gone/">'
+        '</pre><p style="width: 40px; word-break: break-all"><code>a_long_name</code></p>'
+        r'<img src="none.png"><span class="arithmatex">\(x\)</span> $$y$$ <a href="gone/">'
         '</a><a href="#nowhere"></a></article></body>'
     )
     found = _check.inspect(tmp_path)
-    for fault in ("400: the page is 700", "1400: code is cut: a_long", "no picture", "raw TeX",
-                  "raw markup $$y$$", "search index"):  # fmt: skip
+    faults = [
+        "400: the page is 700",
+        "1400: code is cut: a_long",
+        "a name is broken: a_long_name",
+        "no picture",
+        "raw TeX",
+        "raw markup $$y$$",
+        "search index",
+    ]
+    for fault in faults:
         assert any(fault in line for line in found), (fault, found)
     assert not any("1400: the page" in line for line in found)
     assert _check.dead_links(tmp_path) == [": no heading #nowhere", ": no gone/", ": no none.png"]
@@ -115,13 +125,26 @@ def test_pictures_show_what_is_known_of_a_method():
         assert (half.startswith("<svg") and "b&#x27;s rises" in half) or "31°" in half
 
 
-def test_notebooks_become_pages():
+def test_notebooks_become_pages_with_their_pictures():
     pages = _notebooks.notebooks("https://github.com/someone/mtl_optax")
     assert "](https://colab.research.google.com/github/someone/" in pages["notebooks/pinn.md"]
     assert "colab.research" not in _notebooks.notebooks("")["notebooks/pinn.md"]
-    pictures = [path for path in pages if path.endswith(".png")]
-    for path in pictures:
-        assert pages[path].startswith(b"\x89PNG")
+    for path in NOTEBOOKS:
+        assert pages[f"notebooks/{path.stem}/0.png"].startswith(b"\x89PNG")
+        assert f"]({path.stem}/0.png)" in pages[f"notebooks/{path.stem}.md"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_can_be_read_and_run_anywhere(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert f"/blob/main/notebooks/{path.name})" in sources[0]  # the badge
+    assert sum("%pip install -q git+{REPOSITORY}" in source for source in sources) == 1
+    assert "## What to try next" in "\n".join(sources[-3:])
+    assert path.stat().st_size < 250_000
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert outputs
+    assert all(output.get("name") != "stderr" for output in outputs)
 
 
 def test_the_chinese_readme_runs_and_names_what_there_is():
