@@ -9,6 +9,7 @@ from typing import Any
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # In the order in which they are shown.
 ORDER = ("quickstart", "conflict", "recommender", "pinn", "own_loop", "many_devices")
+UNKNOWN = "https://github.com/OWNER/mtl_optax"
 COLAB = re.compile(r"\[!\[Open in Colab\].*?\n+")
 
 
@@ -19,7 +20,8 @@ def notebooks(repository: str = "") -> dict[str, str | bytes]:
     made: dict[str, str | bytes] = {}
     cards = ["# Notebooks", "Each runs on a CPU in a few minutes; here with its outputs."]
     for name in names:
-        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        text = (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8")
+        cells = json.loads(text.replace(UNKNOWN, repository or UNKNOWN))["cells"]
         pictures: dict[str, bytes] = {}
         page = "\n\n".join(_cell(cell, name, pictures) for cell in cells)
         title, _, rest = page.partition("\n")

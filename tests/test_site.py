@@ -128,6 +128,7 @@ def test_pictures_show_what_is_known_of_a_method():
 def test_notebooks_become_pages_with_their_pictures():
     pages = _notebooks.notebooks("https://github.com/someone/mtl_optax")
     assert "](https://colab.research.google.com/github/someone/" in pages["notebooks/pinn.md"]
+    assert 'REPOSITORY = "https://github.com/someone/mtl_optax"' in pages["notebooks/pinn.md"]
     assert "colab.research" not in _notebooks.notebooks("")["notebooks/pinn.md"]
     for path in NOTEBOOKS:
         assert pages[f"notebooks/{path.stem}/0.png"].startswith(b"\x89PNG")
