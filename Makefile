@@ -4,7 +4,7 @@ BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
-.PHONY: demo bench docs test test-long test-jax lint format clean
+.PHONY: demo bench docs docs-check test test-long test-jax lint format clean
 
 demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
 	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
@@ -45,6 +45,9 @@ bench: .venv/.installed  ## cost of steps, aggregators, memory, compiling and sc
 
 docs: .venv/.installed  ## the site, into site/; any warning fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-check: docs  ## every page in headless Chromium, no network; pictures in results/screenshots
+	$(BIN)/python docs/_check.py site --screenshots results/screenshots
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -1,11 +1,16 @@
-"""The pages that the site makes from the catalog and the docstrings: a page a method, and the API.
+"""The pages that the site makes: the methods from the catalog, the API, the notebooks.
 
 A hook of MkDocs: nothing is written to disk. `pages()` alone is what the tests look at.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
+
+import _methods
+import _notebooks
+import _pictures
 
 import mtl_optax as mtl
 from mtl_optax import catalog, jacobian, links, states, summary
@@ -23,9 +28,16 @@ NEEDS = {
     "batches": "the Jacobians of two or three batches: K backward passes each",
     "validation": "the losses of another batch as a function, and their gradients",
 }
+GROUPS = {
+    "losses": "Losses only",
+    "gramian": "The Gramian",
+    "rows": "The rows",
+    "batches": "Several batches",
+    "validation": "Another batch's losses",
+}
 SCALES = {
-    "sum": "like the sum of the gradients",
-    "mean": "like their mean",
+    "sum": "about as long as the sum of the gradients",
+    "mean": "about as long as the mean of the gradients",
     "unit": "of its own, whatever the gradients' norms",
     "free": "free: see below, or put `mtl.match_norm` around it",
 }
@@ -54,22 +66,25 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Adds the generated pages, and their places in the navigation."""
     from mkdocs.structure.files import File  # the tests do without
 
-    for path, content in pages().items():
+    pictures = _method_pictures() if config.extra["pictures"] else {}
+    notebooks = _notebooks.notebooks(config.repo_url or "")
+    for path, content in (pages(pictures) | pictures | notebooks).items():
         files.append(File.generated(config, path, content=content))
     measured = {title: path for title, path in MEASURED.items() if (DOCS / path).exists()}
-    methods = [{name: f"methods/{name}.md"} for name in mtl.STRATEGIES]
+    methods = [{GROUPS[needs]: [_entry(row) for row in _rows(needs)]} for needs in NEEDS]
     config.nav += [
         {"Methods": ["methods/index.md", *methods]},
-        {"API": [{title: _api_path(title)} for title, *_ in API]},
+        {"Notebooks": [path for path in notebooks if path.endswith(".md")]},
+        {"API": ["stability.md", *({title: _api_path(title)} for title, *_ in API)]},
         {"Measured": [{title: path} for title, path in measured.items()]},
     ]
     return files
 
 
-def pages() -> dict[str, str]:
-    """Path to Markdown."""
+def pages(pictures: Iterable[str] = ()) -> dict[str, str]:
+    """Path to Markdown; `pictures` are the paths of those that there are."""
     made = {"methods/index.md": _index()}
-    made |= {f"methods/{row.name}.md": _method(row) for row in mtl.STRATEGIES.values()}
+    made |= {f"methods/{name}.md": _method(row, pictures) for name, row in mtl.STRATEGIES.items()}
     return made | {_api_path(title): _api(title, module, names) for title, module, names in API}
 
 
@@ -82,19 +97,40 @@ def documented() -> set[str]:
 
 
 def _index() -> str:
-    table = catalog.markdown()
-    for row in mtl.STRATEGIES.values():
-        linked = f"[`{row.name}`]({row.paper})" if row.paper else f"`{row.name}`"
-        table = table.replace(f"| {linked} |", f"| [`{row.name}`]({row.name}.md) |")
-    return (
-        "# All methods\n\n"
-        "A page a method, with its maths, its options and its source. "
-        "[Which one?](../guide.md) says where to begin.\n\n" + table + "\n"
-    )
+    """The methods, by what they cost and then by what they are for."""
+    parts = [
+        "# All methods",
+        "By what a step costs, and then by what it is for. A page each has the maths, the options, "
+        "a picture, the source, and where we differ from it. [Which one?](../guide.md) says where "
+        "to begin, [the scale of updates](../concepts.md#the-scale-of-updates) what the last "
+        "column is.",
+    ]
+    for needs, cost in NEEDS.items():
+        rows = _rows(needs)
+        parts.append(f"## {GROUPS[needs]}\n\nNeeds {cost}.")
+        for purpose in _methods.PURPOSES:
+            lines = [_line(row) for row in rows if _methods.ADVICE[row.name].purpose == purpose]
+            if lines:
+                titles = "| method | what it does | use it when | scale |\n|---|---|---|---|"
+                parts.append("\n".join([f"### {purpose}\n", titles, *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
-def _method(row: catalog.Strategy) -> str:
-    name = _public_name(row)
+def _rows(needs: str) -> list[catalog.Strategy]:
+    return [row for row in mtl.STRATEGIES.values() if row.needs == needs]
+
+
+def _entry(row: catalog.Strategy) -> dict[str, str]:
+    return {row.name: f"methods/{row.name}.md"}
+
+
+def _line(row: catalog.Strategy) -> str:
+    use = _methods.ADVICE[row.name].use
+    return f"| [`{row.name}`]({row.name}.md) | {row.summary} | {use} | {row.scale} |"
+
+
+def _method(row: catalog.Strategy, pictures: Iterable[str]) -> str:
+    name, advice = _public_name(row), _methods.ADVICE[row.name]
     arguments = ", key=jax.random.key(0)" if row.stochastic else ""
     whole = f"mtl.{row.name}(num_tasks=2{arguments})"
     if row.name == "weights":
@@ -103,8 +139,10 @@ def _method(row: catalog.Strategy) -> str:
         f"# {row.name}",
         f"**{row.summary[0].upper()}{row.summary[1:]}.**"
         + (f" [Paper]({row.paper})" if row.paper else ""),
+        f"Use it when {advice.use}.\n\nRather not when {advice.avoid}.",
         "| | |\n|---|---|\n"
         + f"| kind | {row.kind} |\n"
+        + f"| for | {advice.purpose[0].lower()}{advice.purpose[1:]} |\n"
         + f"| needs | {NEEDS[row.needs]} |\n"
         + f"| its update is | {SCALES[row.scale]} |\n"
         + f"| remembers earlier updates | {'yes' if row.stateful else 'no'} |\n"
@@ -120,8 +158,28 @@ def _method(row: catalog.Strategy) -> str:
         lines.append(
             f"`mtl.{row.name}` is `chain(mtl.{name}, mtl.sum_tasks())`, with the same options."
         )
+    if _picture_path(row.name, "conflict") in pictures:
+        lines.append(
+            f"![Two gradients in conflict](images/{row.name}-conflict.svg)\n"
+            f"![Two gradients of unequal size](images/{row.name}-scale.svg)\n{{ .halves }}\n\n"
+            "The tenth update, while the loss of a falls by 10 % an update and that of b by 1 %."
+        )
     lines.append(f"::: {_home(mtl, name)}")
     return "\n\n".join(lines) + "\n"
+
+
+def _method_pictures() -> dict[str, str]:
+    """Path to SVG; none of the methods that ask for more than a picture has."""
+    made = {}
+    for name in mtl.STRATEGIES:
+        if seen := _pictures.see(name):
+            halves = _pictures.draw(name, seen)
+            made |= {_picture_path(name, half): picture for half, picture in halves.items()}
+    return made
+
+
+def _picture_path(name: str, half: str) -> str:
+    return f"methods/images/{name}-{half}.svg"
 
 
 def _public_name(row: catalog.Strategy) -> str:

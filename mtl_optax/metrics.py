@@ -15,6 +15,12 @@ from mtl_optax.jacobian import flatten_losses, value_and_jac
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Shaped
 
+__all__ = ["affinity", "delta_m", "hypervolume", "mean_rank"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def delta_m(
     metrics: Shaped[ArrayLike, "*seeds K"],

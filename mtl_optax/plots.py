@@ -18,6 +18,11 @@ History = Mapping[str, ArrayLike]
 
 __all__ = ["affinity", "cosines", "gradient_norms", "pareto_plane", "weights"]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Okabe and Ito's colours are told apart by all; in grey the line styles and markers do it.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
 _LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))

@@ -1,5 +1,6 @@
 """Aggregators: links from a Jacobian to one gradient."""
 
+from mtl_optax._calls import explain_calls
 from mtl_optax.aggregators._adatask import adatask
 from mtl_optax.aggregators._aligned_mtl import aligned_mtl
 from mtl_optax.aggregators._cagrad import cagrad
@@ -66,3 +67,5 @@ __all__ = [
     "trimmed_mean",
     "upgrad",
 ]
+
+explain_calls(globals(), __all__)

@@ -9,18 +9,22 @@ from mtl_optax.jacobian import Jacobian
 from mtl_optax.links import check_num_tasks, link
 
 
-def sum_tasks() -> optax.GradientTransformationExtraArgs:
+def sum_tasks(num_tasks: int | None = None) -> optax.GradientTransformationExtraArgs:
     r"""Sums the task gradients: the gradient of the summed losses, by one backward pass.
 
     .. math:: d = \sum_k g_k
 
     After balancers this is the weighted sum that scalarising strategies prescribe.
 
+    Args:
+      num_tasks: number of tasks K, static, to hold the losses to it; None takes any.
+
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: sum-like.
 
     Raises:
       TypeError: if it gets a plain gradient, or a `jax.jacrev` tree without `losses=`.
+      ValueError: if `num_tasks` < 1, or the losses are not as many.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -30,10 +34,10 @@ def sum_tasks() -> optax.GradientTransformationExtraArgs:
       >>> tx.update(jac, tx.init(jnp.ones(2)))[0].tolist()
       [3.0, 3.0]
     """
-    return _uniform(lambda jacobian: jacobian.combine(1.0))
+    return _uniform(lambda jacobian: jacobian.combine(1.0), num_tasks)
 
 
-def mean_tasks() -> optax.GradientTransformationExtraArgs:
+def mean_tasks(num_tasks: int | None = None) -> optax.GradientTransformationExtraArgs:
     r"""Averages the task gradients on the shared parameters, by one backward pass.
 
     .. math:: d = \frac1K \sum_k g_k
@@ -42,11 +46,15 @@ def mean_tasks() -> optax.GradientTransformationExtraArgs:
     follows its own loss. With `value_and_jac(..., shared=None)` all is shared, and this is the
     gradient of the mean loss.
 
+    Args:
+      num_tasks: number of tasks K, static, to hold the losses to it; None takes any.
+
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like.
 
     Raises:
       TypeError: if it gets a plain gradient, or a `jax.jacrev` tree without `losses=`.
+      ValueError: if `num_tasks` < 1, or the losses are not as many.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -56,7 +64,7 @@ def mean_tasks() -> optax.GradientTransformationExtraArgs:
       >>> tx.update(jac, tx.init(jnp.ones(2)))[0].tolist()
       [1.5, 1.5]
     """
-    return _uniform(mean_of)
+    return _uniform(mean_of, num_tasks)
 
 
 def sum(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -82,7 +90,7 @@ def sum(num_tasks: int) -> optax.GradientTransformationExtraArgs:
       [3.0, 3.0]
     """
     check_num_tasks(num_tasks)
-    return _uniform(lambda jacobian: jacobian.combine(1.0), num_tasks)
+    return sum_tasks(num_tasks)
 
 
 def mean(num_tasks: int) -> optax.GradientTransformationExtraArgs:
@@ -110,7 +118,7 @@ def mean(num_tasks: int) -> optax.GradientTransformationExtraArgs:
       [1.5, 1.5]
     """
     check_num_tasks(num_tasks)
-    return _uniform(mean_of, num_tasks)
+    return mean_tasks(num_tasks)
 
 
 def mean_of(jacobian: Jacobian) -> Any:
@@ -120,7 +128,10 @@ def mean_of(jacobian: Jacobian) -> Any:
     return jacobian.combine(jnp.full(jacobian.num_tasks, 1 / jacobian.num_present))
 
 
-def _uniform(combine, num_tasks=None):
+def _uniform(combine, num_tasks):
+    if num_tasks is not None:
+        check_num_tasks(num_tasks)
+
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         return combine(jacobian), state

@@ -1,5 +1,6 @@
 """Balancers: links from a Jacobian to a Jacobian, and the whole strategies they make."""
 
+from mtl_optax._calls import explain_calls
 from mtl_optax.balancers._auto_lambda import auto_lambda, scale_by_auto_lambda
 from mtl_optax.balancers._cosmos import cosmos, scale_by_cosmos
 from mtl_optax.balancers._cov import cov, scale_by_cov
@@ -90,3 +91,5 @@ __all__ = [
     "uwso",
     "weights",
 ]
+
+explain_calls(globals(), __all__)

@@ -1,5 +1,6 @@
 """Conditioning: links that ready the rows, and wrappers that guard a whole strategy."""
 
+from mtl_optax._calls import explain_calls
 from mtl_optax.conditioning._clip import clip_tasks
 from mtl_optax.conditioning._drop_nonfinite import drop_nonfinite_tasks
 from mtl_optax.conditioning._ema import ema_tasks
@@ -23,3 +24,5 @@ __all__ = [
     "partition",
     "skip_nonfinite",
 ]
+
+explain_calls(globals(), __all__)
