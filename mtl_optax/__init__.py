@@ -3,6 +3,7 @@
 # `as` marks a name as public for type checkers; the folders' `__all__` does it for the stars.
 from mtl_optax import (
     _flax as _flax,
+    fronts as fronts,
     losses as losses,
     metrics as metrics,
     models as models,
