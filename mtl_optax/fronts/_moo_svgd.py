@@ -32,7 +32,8 @@ def moo_svgd(
               k(L, L') = \exp\big(- \|L - L'\|^2 / h\big)
 
     with :math:`g^*_j` the rows of model j, combined as by `mtl.mgda` with `normalize="l2"`. It
-    vanishes on the front, where only the push of models with similar losses is left.
+    vanishes on the front, where only the push of models with similar losses is left. That push is
+    also off the front: `hypervolume_gradient` covered each front better that we measured.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
