@@ -124,13 +124,28 @@ def moo_svgd_by_hand(x, h, c):
     return out / n
 
 
-def test_moo_svgd_draws_and_pushes():
+def test_moo_svgd_draws_and_pushes_past_a_broken_model():
     x = rng.normal(size=(4, 3))
     losses = np.stack([((x - 1) ** 2).sum(1), 3 * (np.array([1.0, 2.0, 0.5]) * x**2).sum(1)], 1)
-    h = np.median(np.square(losses[:, None] - losses[None]).sum(2)) / 4
-    update, state = updated(moo_svgd(2, repulsion=0.7), curved, jnp.asarray(x, jnp.float32))
-    assert_allclose(update, moo_svgd_by_hand(x, h, 0.7), rtol=1e-4, atol=1e-4)
+    h = np.median(np.square(losses[:, None] - losses[None]).sum(2)) / 5
+    five = jnp.asarray(np.concatenate([x, [[np.nan] * 3]]), jnp.float32)
+    update, state = updated(moo_svgd(2, repulsion=0.7), curved, five)
+    assert_allclose(update[:4], 4 / 5 * moo_svgd_by_hand(x, h, 0.7), rtol=1e-4, atol=1e-4)
     assert_allclose(state.bandwidth, h, rtol=1e-5)
+
+
+def test_sets_follow_the_unit_of_the_losses():
+    x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+
+    @jax.jit
+    def updates(s):
+        scaled = lambda x: jax.tree.map(lambda loss: s * loss, curved(x))  # noqa: E731
+        _, jac = jax.vmap(mtl.value_and_jac(scaled, shared=None))(x)
+        sets = (moo_svgd(2), hypervolume_gradient(2, reference=[40 * s, 40 * s]))
+        return [tx.update(jac, tx.init(x), x)[0] for tx in sets]
+
+    for one, many in zip(updates(1.0), updates(1e6), strict=True):
+        assert_allclose(many, 1e6 * one, rtol=1e-3, atol=10)
 
 
 def test_a_jacrev_tree_is_a_set_too():

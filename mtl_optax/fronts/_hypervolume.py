@@ -37,8 +37,8 @@ def hypervolume_gradient(
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      reference: a point that the losses should beat, a tree like the losses or K numbers. While a
-        model is worse, 1.1 times the worst loss takes its place. The further it is from the front,
+      reference: a point that the losses should beat, a tree like the losses or K numbers. Where 1.1
+        times the worst loss is beyond it, that takes its place. The further it is from the front,
         the more its ends count.
       normalize: whether each model's weights have the norm 1; False follows the gradient of the
         volume, which vanishes where neighbours are near; static.
@@ -68,8 +68,8 @@ def hypervolume_gradient(
       [0.14, 0.99]
 
     Differs from:
-      Deist et al. take 1.1 times the worst loss of all steps so far from which losses are positive;
-      for a negative one, this adds a tenth of its size.
+      Deist et al. take 1.1 times the worst loss whatever its sign. Of a negative one that is a
+      better point: here a tenth of its size is added.
 
     References:
       Wang et al., `Hypervolume Indicator Gradient Ascent Multi-objective Optimization

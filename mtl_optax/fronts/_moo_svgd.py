@@ -33,7 +33,8 @@ def moo_svgd(
 
     with :math:`g^*_j` the rows of model j, combined as by `mtl.mgda` with `normalize="l2"`. It
     vanishes on the front, where only the push of models with similar losses is left. That push is
-    also off the front: `hypervolume_gradient` covered each front better that we measured.
+    also off the front: `hypervolume_gradient` covered each front better that we measured. A
+    model whose losses are not finite is not seen by the others.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -92,15 +93,19 @@ def moo_svgd(
             return weights, jac.combine(weights), jac.loss_vector()
 
         weights, descents, losses = jax.vmap(shortest)(jacobians)
-        n = len(losses)
-        apart = losses[:, None] - losses[None]
-        squares = jnp.sum(apart**2, axis=2)
-        h = jnp.asarray(jnp.median(squares) / n if bandwidth is None else bandwidth, squares.dtype)
-        kernel = jnp.exp(-divide(squares, h))
+        n, finite = len(losses), jnp.all(jnp.isfinite(losses), axis=1)
+        seen = finite[:, None] & finite[None]
+        apart = jnp.where(seen[..., None], losses[:, None] - losses[None], 0)
+        squares = jnp.where(seen, jnp.sum(apart**2, axis=2), jnp.nan)
+        h = jnp.nanmedian(squares) / n if bandwidth is None else bandwidth
+        h = jnp.asarray(h, squares.dtype)
+        kernel = jnp.where(seen, jnp.exp(-divide(squares, h)), 0)
         slopes = -2 * jnp.sum(kernel[..., None] * divide(apart, jnp.sqrt(h)), axis=1)
         pushes = jax.vmap(lambda jac, w: jac.pullback(w))(jacobians, repulsion * slopes)
 
         def mixed(descent, push):
+            alone = (n,) + (1,) * (descent.ndim - 1)
+            descent = jnp.where(finite.reshape(alone), descent, 0)
             drawn = jnp.tensordot(kernel.astype(descent.dtype), descent, 1)
             return (drawn + push) / n
 
