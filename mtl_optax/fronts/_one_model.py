@@ -124,7 +124,7 @@ def ordering_penalty(
       [0.4, 0.0]
 
     References:
-      As of `interpolate`, section 4.
+      As of `interpolate`.
     """
     preferences, losses = jnp.asarray(preferences), jnp.asarray(losses)
     if losses.ndim != 2 or preferences.shape != losses.shape or len(losses) < 2:
