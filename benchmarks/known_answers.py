@@ -52,8 +52,33 @@ def vlmop2(x: jax.Array) -> dict[str, jax.Array]:
 
 def zdt1(x: jax.Array) -> dict[str, jax.Array]:
     """Zitzler, Deb and Thiele's first problem on [0, 1]ⁿ; front f2 = 1 - sqrt(f1)."""
+    return _zdt(x, lambda f1, g: 1 - jnp.sqrt(f1 / g))
+
+
+def zdt2(x: jax.Array) -> dict[str, jax.Array]:
+    """Their second; concave front f2 = 1 - f1²."""
+    return _zdt(x, lambda f1, g: 1 - (f1 / g) ** 2)
+
+
+def zdt3(x: jax.Array) -> dict[str, jax.Array]:
+    """Their third; front f2 = 1 - sqrt(f1) - f1 sin(10π f1) where it falls below all before."""
+    return _zdt(x, lambda f1, g: 1 - jnp.sqrt(f1 / g) - f1 / g * jnp.sin(10 * jnp.pi * f1))
+
+
+def _zdt(x: jax.Array, h: Callable[[jax.Array, jax.Array], jax.Array]) -> dict[str, jax.Array]:
     g = 1 + 9 * jnp.mean(x[1:])
-    return {"first": x[0], "second": g * (1 - jnp.sqrt(x[0] / g))}
+    return {"first": x[0], "second": g * h(x[0], g)}
+
+
+def dtlz2(x: jax.Array) -> dict[str, jax.Array]:
+    """Deb, Thiele, Laumanns and Zitzler's second, of three losses; front: the unit sphere."""
+    radius = 1 + jnp.sum((x[2:] - 0.5) ** 2)
+    a, b = x[:2] * jnp.pi / 2
+    return {
+        "first": radius * jnp.cos(a) * jnp.cos(b),
+        "second": radius * jnp.cos(a) * jnp.sin(b),
+        "third": radius * jnp.sin(a),
+    }
 
 
 def descend(

@@ -54,7 +54,8 @@ API = (
     ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
     ("Models", mtl.models, mtl.models.__all__),
-    ("Metrics", mtl.metrics, ("delta_m", "mean_rank", "hypervolume", "affinity")),
+    ("Fronts", mtl.fronts, mtl.fronts.__all__),
+    ("Metrics", mtl.metrics, mtl.metrics.__all__),
     ("Plots", mtl.plots, mtl.plots.__all__),
     ("Solvers", mtl.solvers, mtl.solvers.__all__),
 )  # fmt: skip

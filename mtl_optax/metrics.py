@@ -13,9 +13,17 @@ from jax.typing import ArrayLike
 from mtl_optax.jacobian import flatten_losses, value_and_jac
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Shaped
+    from jaxtyping import Array, Bool, Float, Shaped
 
-__all__ = ["affinity", "delta_m", "hypervolume", "mean_rank"]
+__all__ = [
+    "affinity",
+    "delta_m",
+    "hypervolume",
+    "igd",
+    "mean_rank",
+    "non_dominated",
+    "spacing",
+]
 
 
 def __dir__() -> list[str]:
@@ -205,6 +213,132 @@ def affinity(
 
     each = jnp.eye(jacobian.num_tasks, dtype=jacobian.dtype)
     return 1 - jax.lax.map(losses_after, each) / jacobian.loss_vector()[None, :]
+
+
+def non_dominated(
+    points: Shaped[ArrayLike, "N K"], *, higher_is_better: bool | Sequence[bool] = True
+) -> Bool[Array, " N"]:
+    """Which points no other one beats: as good in every task, and better in one.
+
+    Equal points do not beat each other. A point with NaN is dominated.
+
+    Args:
+      points: the metrics of N solutions, ``(N, K)``.
+      higher_is_better: one bool for all tasks, or K of them; static.
+
+    Returns:
+      ``(N,)`` bool.
+
+    Raises:
+      ValueError: if the shape doesn't fit, or `higher_is_better` is not K bools.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> mtl.metrics.non_dominated([[3.0, 1.0], [1.0, 2.0], [1.0, 1.0]]).tolist()
+      [True, True, False]
+    """
+    points = _solutions(points)
+    beaten = jnp.any(beats(_signs(higher_is_better, points) * points), axis=0)
+    return ~beaten & ~jnp.any(jnp.isnan(points), axis=1)
+
+
+def igd(
+    points: Shaped[ArrayLike, "N K"],
+    front: Shaped[ArrayLike, "M K"],
+    *,
+    plus: bool = True,
+    higher_is_better: bool | Sequence[bool] = True,
+) -> Float[Array, ""]:
+    r"""Inverted generational distance: how far the points of a true front are from the nearest one.
+
+    .. math:: \mathrm{IGD} = \frac1M \sum_{z} \min_n d(z, p_n), \quad
+              d^+(z, p) = \big\| \max(z - p, 0) \big\|, \quad d(z, p) = \| z - p \|
+
+    for metrics where higher is better, mirrored where lower is. The plus counts only what a point
+    lacks: unlike the plain distance, it never rewards a set of which each point is worse.
+
+    Args:
+      points: the metrics of N solutions, ``(N, K)``; a point with NaN is infinitely far.
+      front: points that cover the true front evenly, ``(M, K)``.
+      plus: whether to take :math:`d^+`, IGD+, or d, IGD; static.
+      higher_is_better: one bool for all tasks, or K of them; static.
+
+    Returns:
+      A scalar, at least 0, in the unit of the metrics.
+
+    Raises:
+      ValueError: if the shapes don't fit, or `higher_is_better` is not K bools.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> float(mtl.metrics.igd([[0.0, 0.0]], [[3.0, -4.0]]))
+      3.0
+      >>> float(mtl.metrics.igd([[0.0, 0.0]], [[3.0, -4.0]], plus=False))
+      5.0
+
+    References:
+      Ishibuchi et al., `Modified Distance Calculation in Generational Distance and Inverted
+      Generational Distance <https://doi.org/10.1007/978-3-319-15892-1_8>`_, 2015.
+    """
+    points, front = _solutions(points), _solutions(front)
+    if points.shape[1] != front.shape[1]:
+        raise ValueError(
+            f"points have shape {points.shape} and the front {front.shape}, expected (N, K) and "
+            "(M, K)"
+        )
+    lacking = _signs(higher_is_better, points)[None] * (front[:, None] - points[None])
+    lacking = jnp.maximum(lacking, 0) if plus else lacking
+    distances = jnp.sqrt(jnp.sum(jnp.where(jnp.isnan(lacking), jnp.inf, lacking) ** 2, axis=2))
+    return jnp.mean(jnp.min(distances, axis=1))
+
+
+def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
+    r"""How unevenly points are spread: the deviation of the distances to the nearest other one.
+
+    .. math:: S = \sqrt{\frac{1}{N-1} \sum_n (\bar d - d_n)^2}, \quad
+              d_n = \min_{m \ne n} \sum_k |p_{nk} - p_{mk}|
+
+    0 is even. It says nothing about how much of a front is covered; the volume does.
+
+    Args:
+      points: the metrics of N >= 2 solutions, ``(N, K)``.
+
+    Returns:
+      A scalar, at least 0, in the unit of the metrics.
+
+    Raises:
+      ValueError: if the shape doesn't fit, or there are less than two points.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> float(mtl.metrics.spacing([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]]))
+      0.0
+
+    References:
+      Schott, `Fault Tolerant Design Using Single and Multicriteria Genetic Algorithm Optimization
+      <https://hdl.handle.net/1721.1/11582>`_, 1995.
+    """
+    points = _solutions(points)
+    if len(points) < 2:
+        raise ValueError(f"got {len(points)} points, expected at least 2 to be apart")
+    apart = jnp.sum(jnp.abs(points[:, None] - points[None]), axis=2)
+    nearest = jnp.min(jnp.where(jnp.eye(len(points), dtype=bool), jnp.inf, apart), axis=1)
+    return jnp.std(nearest, ddof=1)
+
+
+def _solutions(points: ArrayLike) -> jax.Array:
+    points = _per_task(points)
+    if points.ndim != 2:
+        raise ValueError(
+            f"points have shape {points.shape}, expected (N, K): solutions by their metrics"
+        )
+    return points
+
+
+def beats(scores: jax.Array) -> jax.Array:
+    """Which of the points (N, K), where higher is better, dominates which: (N, N) bool."""
+    mine, theirs = scores[:, None], scores[None]
+    return jnp.all(mine >= theirs, axis=2) & jnp.any(mine > theirs, axis=2)
 
 
 def _volume(gains: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Pictures of a training: weights, gradient norms, cosines, affinity, the plane of two tasks.
+"""Pictures of a training: weights, gradient norms, cosines, affinity, trade-offs, whole fronts.
 
 They draw what `mtl.summarize` returned at each step, stacked: a dict of ``(T,)`` arrays, as
 `jax.lax.scan` gives it back, or `jax.tree.map(lambda *x: jnp.stack(x), *log)` makes of a list.
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from mtl_optax import metrics
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 History = Mapping[str, ArrayLike]
 
-__all__ = ["affinity", "cosines", "gradient_norms", "pareto_plane", "weights"]
+__all__ = ["affinity", "cosines", "front", "gradient_norms", "pareto_plane", "weights"]
 
 
 def __dir__() -> list[str]:
@@ -205,6 +207,74 @@ def pareto_plane(
     ax.set_ylabel(tasks[1])
     ax.grid(alpha=0.3)
     ax.legend(title="filled: on the front")
+    return ax
+
+
+def front(
+    solutions: History,
+    *,
+    true_front: ArrayLike | None = None,
+    reference: ArrayLike | None = None,
+    higher_is_better: bool = False,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws a whole front, with its measures in the title.
+
+    Two tasks span a plane; more of them are parallel axes, where a line is a solution. Solutions
+    that no other one dominates are filled or solid, the others hollow or dashed.
+
+    Args:
+      solutions: each task to its losses or metrics, an `(N,)` array, N >= 2, as
+        ``jax.vmap(loss_fn)(params)`` returns them.
+      true_front: points of the true front, `(M, K)`, where it is known: drawn in the plane, and
+        IGD+ is measured from it.
+      reference: a point, `(K,)`, down to which the hypervolume is measured.
+      higher_is_better: whether these are metrics, of which more is better; losses by default.
+      ax: as in `weights`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: as in `weights`.
+      ValueError: if there are less than two tasks or solutions, or shapes don't fit.
+
+    Examples:
+      >>> import mtl_optax as mtl
+      >>> losses = {"click": [0.1, 0.2, 0.6], "buy": [0.8, 0.3, 0.2]}
+      >>> mtl.plots.front(losses, reference=[1.0, 1.0]).get_title()
+      '3 of 3 on the front, hypervolume 0.62, spacing 0.058'
+    """
+    points = np.stack([np.asarray(values, float) for values in solutions.values()], axis=-1)
+    if points.ndim != 2 or points.shape[1] < 2:
+        raise ValueError(
+            f"the solutions have shape {points.shape}, expected (N, K) with K >= 2: a dict of K "
+            "tasks to (N,) losses"
+        )
+    best = np.asarray(metrics.non_dominated(points, higher_is_better=higher_is_better))
+    title = [f"{best.sum()} of {len(points)} on the front"]
+    if reference is not None:
+        volume = metrics.hypervolume(points, reference, higher_is_better=higher_is_better)
+        title.append(f"hypervolume {volume:.3g}")
+    if true_front is not None:
+        distance = metrics.igd(points, true_front, higher_is_better=higher_is_better)
+        title.append(f"IGD+ {distance:.2g}")
+    title.append(f"spacing {metrics.spacing(points):.2g}")
+    ax, tasks = _axes(ax), list(solutions)
+    if len(tasks) == 2:
+        if true_front is not None:
+            ax.plot(*np.asarray(true_front).T, ".", color="0.6", markersize=3, label="true front")
+            ax.legend()
+        ax.scatter(*points[best].T, color=_COLOURS[0], zorder=2)
+        ax.scatter(*points[~best].T, facecolors="none", edgecolors=_COLOURS[0], zorder=2)
+        ax.set_xlabel(tasks[0])
+        ax.set_ylabel(tasks[1])
+    else:
+        for point, is_best in zip(points, best, strict=True):
+            ax.plot(point, "-" if is_best else ":", color=_COLOURS[0], alpha=0.7, marker="o")
+        ax.set_xticks(range(len(tasks)), tasks)
+    ax.set_title(", ".join(title), fontsize="medium")
+    ax.grid(alpha=0.3)
     return ax
 
 

@@ -17,15 +17,18 @@ NAMES = [
     "PerPair", "PerTask", "STRATEGIES", "Strategy", "link", "make", "register", "mean_tasks",
     "sum_tasks", "match_norm", "ntk_traces", "clip_tasks", "drop_nonfinite_tasks", "ema_tasks",
     "every", "log_losses", "monitor_tasks", "multi_steps", "normalize_tasks", "partition",
-    "skip_nonfinite", "observe_losses", "resize_state", "summarize", "losses", "metrics", "models",
-    "plots", "solvers", "__version__",
+    "skip_nonfinite", "observe_losses", "resize_state", "summarize", "fronts", "losses", "metrics",
+    "models", "plots", "solvers", "__version__",
 ]
 # fmt: on
 OF_MODULES = {
-    "losses": "regression_focal_loss softmax_focal_loss",
-    "metrics": "affinity delta_m hypervolume mean_rank",
+    "losses": "PointWeights brdr causal_weights rba regression_focal_loss self_adaptive "
+    "softmax_focal_loss",
+    "fronts": "hypervolume_gradient interpolate moo_svgd ordering_penalty simplex_grid "
+    "with_preference",
+    "metrics": "affinity delta_m hypervolume igd mean_rank non_dominated spacing",
     "models": "CGC CrossStitch DSelectK Experts HardSharing Hierarchical LTB MLP MMoE MTAN PLE",
-    "plots": "affinity cosines gradient_norms pareto_plane weights",
+    "plots": "affinity cosines front gradient_norms pareto_plane weights",
     "solvers": "SolverResult nnls nonnegative_qp simplex_qp",
 }
 FACTORIES = sorted(n for n in dir(mtl) if n in mtl.STRATEGIES or n.startswith("scale_by_"))

@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtl_optax.metrics import affinity, delta_m, hypervolume, mean_rank
+from mtl_optax.metrics import (
+    affinity,
+    delta_m,
+    hypervolume,
+    igd,
+    mean_rank,
+    non_dominated,
+    spacing,
+)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +99,42 @@ def test_hypervolume_is_the_share_of_random_points_below_the_front():
     assert float(hypervolume(points, np.zeros(4))) == pytest.approx(share, abs=0.004)
 
 
+@pytest.mark.parametrize(
+    ("points", "higher_is_better", "expected"),
+    [
+        ([[3, 1], [1, 2], [1, 1]], True, [1, 1, 0]),
+        ([[3, 1], [1, 2], [1, 1]], False, [0, 0, 1]),
+        ([[1, 1], [1, 1], [np.nan, 9]], True, [1, 1, 0]),  # equals do not beat each other
+        ([[0.9, 0.1], [0.8, 0.2], [0.9, 0.2]], (True, False), [1, 0, 0]),
+    ],
+)
+def test_non_dominated_by_hand(points, higher_is_better, expected):
+    got = non_dominated(np.array(points, float), higher_is_better=higher_is_better)
+    assert got.tolist() == [bool(e) for e in expected]
+
+
+@pytest.mark.parametrize(
+    ("points", "front", "options", "expected"),
+    [
+        # From (0, 1) and (1, 0) to the nearest of two points, for losses.
+        ([[1, 1], [0, 3]], [[0, 1], [1, 0]], {"higher_is_better": False}, 1.0),
+        ([[1, 1], [0, 3]], [[0, 1], [1, 0]], {"higher_is_better": False, "plus": False}, 1.0),
+        # A point that is better than the front lacks nothing.
+        ([[-3, -4]], [[0, 0]], {"higher_is_better": False}, 0.0),
+        ([[-3, -4]], [[0, 0]], {"plus": False}, 5.0),
+        ([[-3, -4], [np.nan, 0]], [[0, 0]], {}, 5.0),
+        ([[-3, 4]], [[0, 0]], {"higher_is_better": (True, False)}, 5.0),
+    ],
+)
+def test_igd_by_hand(points, front, options, expected):
+    assert float(igd(np.array(points, float), front, **options)) == pytest.approx(expected)
+
+
+def test_spacing_by_hand():
+    # Nearest at 1, 1 and 4: their mean is 2, the squares of the deviations sum to 6.
+    assert float(spacing([[0, 0], [1, 0], [2, 3]])) == pytest.approx(np.sqrt(3))
+
+
 def test_ranks_and_volumes_say_what_does_not_fit():
     with pytest.raises(ValueError, match="methods on the first axis"):
         mean_rank([0.1, 0.2])
@@ -116,3 +160,10 @@ def test_affinity_of_quadratics_is_a_closed_form():
     after = np.stack([loss(w - eta * a[i] * (w - t[i])) for i in range(3)])
     np.testing.assert_allclose(got, 1 - after / loss(w), rtol=1e-5, atol=1e-6)
     assert np.min(got) < 0 < np.max(got)
+
+    with pytest.raises(ValueError, match=r"expected \(N, K\): solutions by their metrics"):
+        non_dominated([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"expected \(N, K\) and \(M, K\)"):
+        igd([[1.0, 2.0]], [[0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="got 1 points, expected at least 2"):
+        spacing([[1.0, 2.0]])

@@ -105,6 +105,22 @@ def test_affinity_shows_its_numbers_and_who_is_who():
         plots.affinity(matrix, ("a", "b"))
 
 
+def test_front_tells_the_dominated_apart_and_says_its_measures():
+    losses = {"a": np.array([0.0, 1.0, 1.0]), "b": np.array([1.0, 0.0, 1.0])}
+    ax = plots.front(losses, true_front=[[0.0, 1.0], [1.0, 0.0]], reference=[2.0, 2.0])
+    filled, hollow = ax.collections
+    assert_allclose(filled.get_offsets(), [[0, 1], [1, 0]])
+    assert_allclose(hollow.get_offsets(), [[1, 1]])
+    assert ax.get_title() == "2 of 3 on the front, hypervolume 3, IGD+ 0, spacing 0"
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")
+    # Three tasks are parallel axes.
+    ax = plots.front(losses | {"c": np.array([0.0, 0.0, 5.0])})
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "-", ":"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"expected \(N, K\) with K >= 2"):
+        plots.front({"a": [1.0, 2.0]})
+
+
 def test_second_link_is_drawn_by_its_field():
     ax = plots.weights({"weights/a": [1.0], "weights.2/a": [2.0]}, field="weights.2")
     assert [line.get_ydata().tolist() for line in ax.lines] == [[2.0]]

@@ -89,6 +89,12 @@ def test_losses_and_metrics_take_and_return_the_shapes_of_their_signatures():
     assert hypervolume(jnp.ones((4, 2)), jnp.zeros(2)).shape == ()
     affinity = checked(mtl.metrics.affinity)
     assert affinity(lambda w: [w[0] ** 2, w[1]], jnp.ones(2), learning_rate=0.1).shape == (2, 2)
+    assert checked(mtl.metrics.non_dominated)(jnp.ones((4, 2))).shape == (4,)
+    assert checked(mtl.metrics.igd)(jnp.ones((4, 2)), jnp.ones((5, 2))).shape == ()
+    assert checked(mtl.metrics.spacing)(jnp.ones((4, 2))).shape == ()
+    assert checked(mtl.losses.causal_weights)(jnp.ones((4, 2))).shape == (4, 2)
+    assert checked(mtl.fronts.with_preference)(jnp.ones((4, 3)), jnp.ones(2)).shape == (4, 5)
+    assert checked(mtl.fronts.ordering_penalty)(jnp.ones((4, 2)), jnp.ones((4, 2))).shape == (2,)
     with pytest.raises(jaxtyping.TypeCheckError):
         softmax(logits, labels[0])
     with pytest.raises(jaxtyping.TypeCheckError):

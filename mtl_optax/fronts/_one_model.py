@@ -1,0 +1,138 @@
+"""One model of all trade-offs: it reads a preference, or is interpolated by one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def with_preference(
+    x: Float[ArrayLike, "*batch D"], preference: Float[ArrayLike, " K"]
+) -> Float[Array, "*batch D+K"]:
+    """An input with the preference behind it: any model that reads it learns all trade-offs.
+
+    Train it with a preference drawn anew at each step, the same for the input and for a strategy
+    that takes one, such as `mtl.cosmos`, `mtl.stch` or `mtl.epo`. It is then asked for a trade-off
+    when it is used.
+
+    Args:
+      x: inputs, ``(..., D)``.
+      preference: one for all of them, ``(K,)``, or one each, ``(..., K)``.
+
+    Returns:
+      ``(..., D + K)``, in the type of the inputs.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> mtl.fronts.with_preference(jnp.ones((2, 1)), jnp.array([0.25, 0.75])).tolist()
+      [[1.0, 0.25, 0.75], [1.0, 0.25, 0.75]]
+
+    References:
+      Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
+      <https://arxiv.org/abs/2103.13392>`_, 2021 (COSMOS).
+    """
+    x, preference = jnp.asarray(x), jnp.asarray(preference)
+    shape = (*x.shape[:-1], preference.shape[-1])
+    behind = jnp.broadcast_to(preference.astype(x.dtype), shape)
+    return jnp.concatenate([x, behind], axis=-1)
+
+
+def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
+    r"""The parameters of one model from those of K, as a preference mixes them (PaMaL).
+
+    .. math:: \theta(p) = \sum_k p_k \theta_k
+
+    Pareto manifold learning trains the K members together, through models that preferences drawn
+    anew at each step mix, each on the losses weighted by that preference; then every preference has
+    a model. `ordering_penalty` keeps its losses in order.
+
+    Args:
+      members: parameters, stacked: leaves ``(K, *param.shape)``, as ``jax.vmap(init_model)(keys)``
+        makes them. Other leaves than floating ones are those of the first.
+      preference: p, ``(K,)``, summing to 1.
+
+    Returns:
+      Parameters of one model.
+
+    Raises:
+      ValueError: if a leaf does not have K members.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> members = {"w": jnp.array([[0.0, 1.0], [4.0, 1.0]])}
+      >>> mtl.fronts.interpolate(members, jnp.array([0.75, 0.25]))["w"].tolist()
+      [1.0, 1.0]
+
+    References:
+      Dimitriadis, Frossard and Fleuret, `Pareto Manifold Learning: Tackling multiple tasks via
+      ensembles of single-task models <https://arxiv.org/abs/2210.09759>`_, ICML 2023.
+    """
+    preference = jnp.asarray(preference)
+
+    def mix(leaf):
+        if jnp.shape(leaf)[:1] != preference.shape:
+            raise ValueError(
+                f"a parameter has shape {jnp.shape(leaf)} and the preference {preference.shape}, "
+                "expected the K members stacked along its first axis"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf[0]
+        return jnp.tensordot(preference.astype(leaf.dtype), leaf, 1)
+
+    return jax.tree.map(mix, members)
+
+
+def ordering_penalty(
+    preferences: Float[ArrayLike, "M K"],
+    losses: Float[ArrayLike, "M K"],
+    *,
+    temperature: ArrayLike = 1.0,
+) -> Float[Array, " K"]:
+    r"""What is paid where a model that prefers a task more has a larger loss in it (PaMaL).
+
+    .. math:: R_k = \log \frac{1}{M - 1} \sum_{m=1}^{M-1}
+              \exp\big(\tau \max(L_k^{(m+1)} - L_k^{(m)}, 0)\big)
+
+    with the M models in the order in which their preference of task k rises; 0 where no loss does.
+    Add it to the losses, each task's to its own, times a coefficient.
+
+    Args:
+      preferences: ``(M, K)``, M >= 2.
+      losses: of the M models, ``(M, K)``.
+      temperature: τ, in one over the unit of the losses.
+
+    Returns:
+      ``(K,)``, at least 0.
+
+    Raises:
+      ValueError: if the shapes don't fit, or M < 2.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import mtl_optax as mtl
+      >>> p = jnp.array([[0.2, 0.8], [0.7, 0.3]])
+      >>> penalty = mtl.fronts.ordering_penalty(p, jnp.array([[0.5, 0.3], [0.9, 0.6]]))
+      >>> [round(r, 4) for r in penalty.tolist()]
+      [0.4, 0.0]
+
+    References:
+      As of `interpolate`.
+    """
+    preferences, losses = jnp.asarray(preferences), jnp.asarray(losses)
+    if losses.ndim != 2 or preferences.shape != losses.shape or len(losses) < 2:
+        raise ValueError(
+            f"preferences have shape {preferences.shape} and losses {losses.shape}, expected "
+            "(M, K) for both, with M >= 2"
+        )
+    in_order = jnp.take_along_axis(losses, jnp.argsort(preferences, axis=0), axis=0)
+    rises = jnp.maximum(jnp.diff(in_order, axis=0), 0)
+    mean = jax.nn.logsumexp(temperature * rises, axis=0) - jnp.log(len(losses) - 1)
+    return jnp.maximum(mean, 0)

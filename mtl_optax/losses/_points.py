@@ -1,0 +1,56 @@
+"""What the weights of points share: a pair of functions, and sizes that carry no gradient."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mtl_optax._numerics import wide
+
+
+class PointWeights(NamedTuple):
+    """A rule that weights points by their residuals: two pure functions, as in Optax.
+
+    The weights belong to points that stay the same from step to step. The state is a pytree of
+    arrays: it goes through the loss function as `aux`, and crosses `jit`, `scan`, `vmap` and
+    checkpoints as any other. The weights are constants under differentiation.
+
+    Attributes:
+      init: `init(residuals)` returns the state. Only shapes and types of the residuals are read,
+        so `jax.eval_shape` of the function that makes them will do.
+      update: `update(residuals, state)` returns `(weights, state)`: weights shaped as the
+        residuals, of the loss `jnp.mean(weights * residuals**2)`, and the next state.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def sizes(residuals: Any) -> Any:
+    """The absolute residuals, at least float32, cut off from differentiation.
+
+    One that is not finite counts as 0: it must not poison the weights of the others.
+    """
+
+    def size(r):
+        r = jnp.asarray(r)
+        if not jnp.issubdtype(r.dtype, jnp.floating):
+            raise TypeError(f"residuals have dtype {r.dtype}, expected floating")
+        r = jnp.abs(jax.lax.stop_gradient(r)).astype(wide(r.dtype))
+        return jnp.where(jnp.isfinite(r), r, 0)
+
+    return jax.tree.map(size, residuals)
+
+
+def start(residuals: Any, value: Any) -> Any:
+    """A state shaped as the residuals: one value for all points, or a tree of them."""
+    full = lambda r, v: jnp.broadcast_to(v, r.shape).astype(wide(r.dtype))  # noqa: E731
+    if jax.tree.structure(value) == jax.tree.structure(residuals):
+        return jax.tree.map(full, residuals, value)
+    return jax.tree.map(lambda r: full(r, value), residuals)
+
+
+def conform(weights: Any, residuals: Any) -> Any:
+    """The weights in the types of the residuals."""
+    return jax.tree.map(lambda w, r: w.astype(jnp.asarray(r).dtype), weights, residuals)
