@@ -25,7 +25,7 @@ OTHER = .cache/jax-$(VERSION)
 test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet "jax==$(VERSION)" $(WITH) --editable . \
-	  chex equinox matplotlib pytest pytest-xdist rich scipy tyro
+	  beartype chex equinox jaxtyping matplotlib pytest pytest-xdist rich scipy tyro
 	XLA_FLAGS="$$($(OTHER)/bin/python -m tests.xla_flags)" JAX_COMPILATION_CACHE_DIR= \
 	  $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS) \
 	  -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
