@@ -42,7 +42,7 @@ def aligned_mtl(
       scale: σ; of the kept singular values the smallest (`"min"`, as the paper), the lower median
         (`"median"`) or the root mean square (`"rmse"`).
       preference: p, a non-negative number or one a task; None is one over the number of tasks
-        present.
+        present, 1 the sum of the aligned rows.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: that of a mean of orthogonal rows of
@@ -63,9 +63,14 @@ def aligned_mtl(
       >>> [round(x, 4) for x in updates.tolist()]
       [0.2133, 0.9673, 0.9673]
 
+    Differs from:
+      The authors' code sums the aligned rows, K times our mean: `preference=1.0`. It squares the
+      condition number of the rows, and drops what their Gramian leaves at the level of rounding.
+
     References:
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
-      <https://arxiv.org/abs/2305.19000>`_, 2023, sec. 3.3 ("min"; the other two are TorchJD's).
+      <https://arxiv.org/abs/2305.19000>`_, 2023, sec. 3.3 ("min"; "median" and "rmse" are in their
+      code).
     """
     check_choice("scale", scale, SCALES)
     check_preference(preference)
