@@ -53,7 +53,9 @@ def nash_mtl(
 
     Differs from:
       The published code approximates the solution by a few convex-concave steps, keeps the last
-      weights where its solver fails, and has `max_norm=1` and `heads="weighted"`.
+      weights where its solver fails, and has `max_norm=1` and `heads="weighted"`. It divides the
+      Gramian by its norm first, so that its d is the root of that norm times as long before it is
+      shortened: below `max_norm` where gradients are small.
 
     References:
       Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_,

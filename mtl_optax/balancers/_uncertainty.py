@@ -38,6 +38,7 @@ def scale_by_uncertainty(
     kind: Kind | Sequence[Kind] | Mapping[str, Kind] = "regression",
     regularizer: Literal["log", "log1p"] = "log",
     optimizer: optax.GradientTransformation | None = None,
+    initial_log_variance: float | jax.Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the inverse of a learned noise variance.
 
@@ -60,6 +61,7 @@ def scale_by_uncertainty(
       kind: `"regression"` or `"classification"`, for all tasks or a tree like the losses.
       regularizer: `"log"` is Kendall's, whose total can go negative; `"log1p"` stays positive.
       optimizer: updates each s; `optax.adam(1e-2)` by default.
+      initial_log_variance: the s that all tasks start from.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first (1/2 for regression),
@@ -93,7 +95,7 @@ def scale_by_uncertainty(
 
     def init_fn(params):
         del params
-        s = jnp.zeros(num_tasks, jnp.float32)
+        s = jnp.full(num_tasks, initial_log_variance, jnp.float32)
         return UncertaintyState(
             weights=jnp.ones(num_tasks, jnp.float32),
             log_variances=s,
