@@ -115,6 +115,10 @@ def relative_norms(norms: jax.Array) -> jax.Array:
     return divide(norms, jnp.max(norms), norms)
 
 
+# Singular values of unit rows below so many times K eps are those of rounding.
+_ROUNDING = 16
+
+
 class SymmetricFactors(NamedTuple):
     """Eigenvalues and vectors of a correlation matrix, those of rounding marked."""
 
@@ -152,7 +156,8 @@ def row_factors(jacobian: Jacobian, cosines: jax.Array) -> SymmetricFactors:
     inner, rotation = jnp.linalg.eigh(jnp.where(jnp.isfinite(products), products, 0))
     small = root[:, None] * rotation * jnp.sqrt(jnp.maximum(inner, 0))[None, :]
     left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(small), small, 0))
-    kept = singular > values.size * eps * singular[0]
+    # Two tasks that are one differ by the rounding of their entries, which is no direction.
+    kept = singular > _ROUNDING * values.size * eps * singular[0]
     return SymmetricFactors(singular**2, dot(vectors, left), kept)
 
 
