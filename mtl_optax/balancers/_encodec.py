@@ -10,6 +10,7 @@ from mtl_optax._numerics import divide, power_of_two
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian._rows import over_shards
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
@@ -115,7 +116,10 @@ def _mean_norm(jacobian: Jacobian) -> jax.Array:
     entries = jnp.concatenate(rows, axis=2)
     unit = power_of_two(jnp.max(jnp.abs(entries), axis=(1, 2), initial=0))
     norms = jnp.linalg.norm(entries / unit[:, None, None], axis=2)
-    return unit * jnp.mean(norms, axis=1)
+    # Inside `shard_map` each device has examples of its own. The 1s vary over them as the norms do.
+    ones = jnp.where(norms > 0, 1.0, 1.0)
+    total, count = unit * jnp.sum(norms, axis=1), jnp.sum(ones, axis=1)
+    return over_shards(jax.lax.psum, total) / over_shards(jax.lax.psum, count)
 
 
 encodec = summed(scale_by_encodec)
