@@ -26,7 +26,8 @@ def task_losses(params):
     }
 
 
-@pytest.mark.parametrize("name", FACTORIES)
+# All solvers hand their weights on in one place.
+@pytest.mark.parametrize("name", ["mgda", "nash_mtl, shortened", "fairgrad", "excess_mtl"])
 def test_weighted_heads_follow_the_weighted_sum_of_the_losses(name):
     own = jax.jacrev(task_losses)(PARAMS)
     jac = mtl.as_jacobian(own, task_losses(PARAMS), shared={"trunk": True, "a": False, "b": False})
