@@ -17,7 +17,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from benchmarks import aggregate_time, compile_time, memory, scaling, step_time, tables, timing
+from benchmarks import (
+    accuracy,
+    aggregate_time,
+    compile_time,
+    memory,
+    scaling,
+    step_time,
+    tables,
+    timing,
+)
 from benchmarks.steps import PLAIN, WAYS
 from benchmarks.style import COLOURS, MARKERS, STYLE, look
 from benchmarks.timing import OURS, PEER
@@ -147,7 +156,7 @@ class Part(NamedTuple):
     """A benchmark, its picture, and the page that shows both."""
 
     benchmark: Any
-    draw: Callable[[dict[str, Any]], Figure]
+    draw: Callable[[dict[str, Any]], Figure] | None
     page: str = "performance.md"
 
 
@@ -157,6 +166,7 @@ PARTS = {
     "memory": Part(memory, draw_memory),
     "compile_time": Part(compile_time, draw_compile_time),
     "scaling": Part(scaling, draw_scaling, "scaling.md"),
+    "accuracy": Part(accuracy, None),
 }
 
 
@@ -168,16 +178,17 @@ def main() -> None:
             print(f"{file} is missing: run python -m benchmarks.{name}")
             continue
         results = json.loads(file.read_text(encoding="utf-8"))
-        with plt.rc_context(STYLE):
-            figure = draw(results)
-            figure.savefig(DOCS / "images" / f"{name}.png")
-            plt.close(figure)
+        if draw is not None:
+            with plt.rc_context(STYLE):
+                figure = draw(results)
+                figure.savefig(DOCS / "images" / f"{name}.png")
+                plt.close(figure)
         where = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
         parts = [tables.markdown(cells) for cells in benchmark.tables_of(results)]
         text = "\n\n".join([*parts, f"Measured with {where}."])
         document = (DOCS / page).read_text(encoding="utf-8")
         (DOCS / page).write_text(tables.fill(document, name, text), encoding="utf-8")
-        print(f"written: {name} in {DOCS / page}, and its picture")
+        print(f"written: {name} in {DOCS / page}" + ", and its picture" * (draw is not None))
 
 
 def _panels(count: int, bars: int) -> tuple[Figure, list[Axes]]:

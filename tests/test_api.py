@@ -22,8 +22,8 @@ NAMES = [
 ]
 # fmt: on
 OF_MODULES = {
-    "losses": "PointWeights brdr causal_weights rba regression_focal_loss self_adaptive "
-    "softmax_focal_loss",
+    "losses": "PointWeights accuracy brdr causal_weights rba regression_focal_loss self_adaptive "
+    "share_within softmax_focal_loss task_priority",
     "fronts": "hypervolume_gradient interpolate moo_svgd ordering_penalty simplex_grid "
     "with_preference",
     "metrics": "affinity delta_m hypervolume igd mean_rank non_dominated spacing",

@@ -209,6 +209,30 @@ def test_uncertainty_settles_where_the_closed_form_says(kind, factor):
     np.testing.assert_allclose(state.log_variances, jnp.log(factor * losses), atol=1e-3)
 
 
+@pytest.mark.parametrize(("regularizer", "first"), [("log", 1.1), ("log1p", 1.1 + 2 * np.log(2))])
+def test_uncertainty_shows_its_total(regularizer, first):
+    """Kendall's eq. 7, and Liebel and Körner's, after one step of s by SGD: Σ ½ e⁻ˢ L + R(s)."""
+    tx = mtl.scale_by_uncertainty(2, regularizer=regularizer, optimizer=optax.sgd(1.0))
+    _, states = run(tx, [[2.0, 0.2], [2.0, 0.2]])
+    s = np.zeros(2)
+    for state in states:
+        is_log = regularizer == "log"
+        terms = np.exp(-s) * [1.0, 0.1] + (s / 2 if is_log else np.log1p(np.exp(s)))
+        np.testing.assert_allclose(state.total, terms.sum(), rtol=1e-5)
+        s = s - ((0.5 if is_log else 1 / (1 + np.exp(-s))) - np.exp(-s) * [1.0, 0.1])
+    np.testing.assert_allclose(states[0].total, first, rtol=1e-6)
+    _, absent = run(tx, [[2.0, np.nan]], present=[True, False])
+    np.testing.assert_allclose(absent[0].total, 1.0 if is_log else 1 + np.log(2), rtol=1e-6)
+
+
+def test_uncertainty_total_goes_below_0_and_is_logged():
+    tx = mtl.uncertainty(2, optimizer=optax.sgd(0.5))
+    state = tx.init(None)
+    for _ in range(30):
+        _, state = tx.update(EYE[:2], state, losses=jnp.array([1e-3, 1e-3]))
+    assert mtl.summarize(state, ["a", "b"])["total"] < -1
+
+
 def test_uncertainty_takes_a_kind_a_task():
     tx = mtl.scale_by_uncertainty(2, kind={"a": "classification", "b": "regression"})
     grads, losses = {"a": jnp.ones(2), "b": jnp.ones(2)}, {"a": jnp.float32(1), "b": jnp.float32(1)}
@@ -262,6 +286,19 @@ def test_gradnorm_descends_its_objective_after_using_its_weights():
         w = 2 * w / jnp.sum(w)
         np.testing.assert_allclose(state.weights, w, rtol=1e-5)
     np.testing.assert_array_equal(state.initial_losses, losses_seq[0])
+
+
+def test_gradnorm_takes_the_first_loss_of_some_tasks_as_given():
+    """The unspecified one is that of the task's first batch, the given one is not seen."""
+    given = {"class": float(np.log(10)), "reg": None}
+    tx = mtl.scale_by_gradnorm(2, initial_losses=given)
+    state = tx.init(None)
+    for unit in (1.0, 2.0):
+        losses = {"class": jnp.float32(1.7 * unit), "reg": jnp.float32(0.4 * unit)}
+        _, state = tx.update({"class": EYE[0], "reg": EYE[1]}, state, losses=losses)
+    np.testing.assert_allclose(state.initial_losses, [np.log(10), 0.4], rtol=1e-6)
+    with pytest.raises(ValueError, match="expected positive losses"):
+        mtl.scale_by_gradnorm(2, initial_losses={"class": -1.0, "reg": None})
 
 
 def test_gradnorm_settles_at_its_closed_form():

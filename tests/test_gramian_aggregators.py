@@ -258,6 +258,48 @@ def test_aligned_mtl_keeps_the_small_singular_values_of_unequal_rows():
         assert np.linalg.norm(update - exact) < 3e-4
 
 
+def config_by_pinv(rows):
+    """The authors' rule, float64."""
+    rows = np.asarray(rows, np.float64)
+    v = np.linalg.pinv(rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ np.ones(len(rows))
+    return (rows @ v).sum() / (v @ v) * v
+
+
+def aligned_by_svd(rows):
+    left, singular, right = np.linalg.svd(np.asarray(rows, np.float64), full_matrices=False)
+    return singular[-1] * np.ones(len(rows)) / len(rows) @ left @ right
+
+
+@pytest.mark.parametrize(
+    ("factory", "rule"), [(conflict_free, config_by_pinv), (aligned_mtl, aligned_by_svd)]
+)
+@pytest.mark.parametrize("condition", [10, 1e3, 1e4])
+def test_rows_at_hand_keep_their_conditioning(factory, rule, condition):
+    """float32 loses what the rows do, not its square: at 1e4 their Gramian holds nothing of it."""
+    rng = np.random.default_rng(5)
+    axes = np.linalg.qr(rng.standard_normal((40, 3)))[0] * np.geomspace(1, 1 / condition, 3)
+    rows = np.linalg.qr(rng.standard_normal((3, 3)))[0] @ axes.T
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    matrix = (rows * np.array([[0.1], [1.0], [5.0]])).astype(np.float32)
+    update, state = aggregate(factory, matrix)
+    assert state.fallbacks == 0
+    exact = rule(matrix)
+    bound = 20 * np.finfo(np.float32).eps * np.linalg.cond(rows)
+    assert np.linalg.norm(update - exact) < bound * np.linalg.norm(exact)
+
+
+def test_two_tasks_that_are_one_but_for_rounding_count_as_one():
+    rng = np.random.default_rng(6)
+    for noise in (0, 1e-7, 1e-6):
+        matrix = rng.standard_normal((3, 40))
+        matrix[1] = matrix[0] * (1 + noise * rng.standard_normal(40))
+        update, state = aggregate(conflict_free, matrix.astype(np.float32))
+        twice = matrix[[0, 2]] * np.array([[2.0], [1.0]])
+        expected = config_by_pinv(twice)
+        assert state.fallbacks == 0
+        assert np.linalg.norm(update - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 def test_imtl_g_projects_equally_on_every_row():
     matrix = np.random.default_rng(1).standard_normal((3, 3)).astype(np.float32)
     update, state = aggregate(imtl_g, matrix)

@@ -664,10 +664,36 @@ def relobralo_twin(losses, stays, decay, temperature):
     weights, seen = np.ones(losses.shape[1]), [np.ones(losses.shape[1])]
     balanced = lambda now, then: len(now) * softmax(now / (temperature * then))  # noqa: E731
     for t in range(1, len(losses)):
-        past = weights if stays[t] else balanced(losses[t], losses[0])
-        weights = decay * past + (1 - decay) * balanced(losses[t], losses[t - 1])
+        past = weights if stays[t] else balanced(losses[t], losses[1])
+        alpha = decay if t > 1 else 0
+        weights = alpha * past + (1 - alpha) * balanced(losses[t], losses[t - 1])
         seen.append(weights)
     return np.stack(seen)
+
+
+# The rule of the authors' code (rbischof/relative_balancing, src/update_rules.py and train.py) in
+# float64, T = .1: alpha = 1, 0, .999, L(0) from the second step. With rho = 1, and rho = 0.
+RELOBRALO_LOSSES = [[1.0, 2.0, 3.0], [0.8, 1.7, 3.9], [0.5, 1.6, 3.0], [0.4, 1.8, 2.0]]
+RELOBRALO_STEPS = {
+    1.0: (
+        (1.0, 1.0, 1.0),
+        (0.01985941, 0.03274263, 2.94739796),
+        (0.01994356, 0.03516586, 2.94489058),
+        (0.02003451, 0.03799057, 2.94197492),
+    ),
+    0.0: (
+        (1.0, 1.0, 1.0),
+        (0.01985941, 0.03274263, 2.94739796),
+        (0.10401254, 2.45596789, 0.44001957),
+        (0.0112356, 2.97608876, 0.01267564),
+    ),
+}
+
+
+@pytest.mark.parametrize("rho", RELOBRALO_STEPS)
+def test_relobralo_takes_the_steps_of_the_authors_code(rho):
+    weights = states_of(scale_by_relobralo(3, key=KEY, rho=rho), RELOBRALO_LOSSES).weights
+    np.testing.assert_allclose(weights, RELOBRALO_STEPS[rho], rtol=1e-5)
 
 
 @pytest.mark.parametrize("rho", [0.0, 1.0])
@@ -679,8 +705,8 @@ def test_relobralo_golden_values_with_and_without_look_back(rho):
 
 
 def test_relobralo_looks_back_as_often_as_it_should():
-    # Since the start the first task has fallen, since the last step neither has.
-    losses = np.concatenate([[[2.0, 1.0]], np.ones((2000, 2))])
+    # Since the second step the first task has fallen, since the last one neither has.
+    losses = np.concatenate([[[2.0, 1.0]] * 2, np.ones((2000, 2))])
     tx = scale_by_relobralo(2, key=KEY, decay=1.0, temperature=0.5, rho=0.9)
     weights = states_of(tx, losses).weights
     looked = np.flatnonzero(np.diff(np.asarray(weights[:, 0])))
@@ -689,8 +715,8 @@ def test_relobralo_looks_back_as_often_as_it_should():
     keys = jax.random.split(KEY, 500)
     firsts = jax.vmap(
         lambda key: states_of(
-            scale_by_relobralo(2, key=key, decay=1.0, temperature=0.5, rho=0.9), losses[:2]
-        ).weights[1, 0]
+            scale_by_relobralo(2, key=key, decay=1.0, temperature=0.5, rho=0.9), losses[:3]
+        ).weights[2, 0]
     )(keys)
     np.testing.assert_allclose(jnp.mean(firsts == 1), 0.9, atol=0.05)
 
@@ -702,7 +728,7 @@ def test_relobralo_keeps_the_weight_of_a_task_that_is_not_finite():
     np.testing.assert_array_equal(states.weights[2:, 1], states.weights[1, 1])
     np.testing.assert_allclose(jnp.sum(states.weights, axis=1), 3, rtol=1e-6)
     np.testing.assert_allclose(states.last_losses[-1], [0.4, 2.0, 1.0])
-    np.testing.assert_allclose(states.initial_losses[-1], [1.0, 2.0, 3.0])
+    np.testing.assert_allclose(states.initial_losses[-1], [0.5, 2.0, 3.0])
 
 
 # CoV.

@@ -246,25 +246,49 @@ def config_by_pinv(rows):
 
 
 def test_m_config_matches_its_algorithm():
-    """Algorithm 1 in NumPy float64; the tasks take turns."""
+    """Algorithm 1 in NumPy float64; the tasks take turns, and it starts when all have had one."""
     b1, b2, eps = 0.8, 0.9, 1e-3
     matrices = [np.asarray(MATRIX, np.float64) * s + t for s, t in ((1, 0), (2, 0.1), (1, -0.2))]
     matrices = matrices * 2
     tx = m_config(3, b1=b1, b2=b2, eps=eps)
     _, state, updates = run(tx, *(jnp.asarray(m, jnp.float32) for m in matrices))
     rows, counts, m, v = np.zeros((3, 10)), np.zeros(3), np.zeros(10), np.zeros(10)
-    for step, matrix in enumerate(matrices, 1):
-        k = (step - 1) % 3
+    for i, matrix in enumerate(matrices):
+        k, step = i % 3, i - 1
         rows[k] = b1 * rows[k] + (1 - b1) * matrix[k]
         counts[k] += 1
-        seen = counts > 0
-        d = config_by_pinv(rows[seen] / (1 - b1 ** counts[seen])[:, None])
+        if step < 1:
+            np.testing.assert_array_equal(updates[i], 0)
+            continue
+        d = config_by_pinv(rows / (1 - b1**counts)[:, None])
         implied = (d * (1 - b1**step) - b1 * m) / (1 - b1)
         m = b1 * m + (1 - b1) * implied
         v = b2 * v + (1 - b2) * implied**2
         expected = d / (np.sqrt(v / (1 - b2**step)) + eps)
-        assert relative_error(updates[step - 1], expected) < 1e-4
+        assert relative_error(updates[i], expected) < 1e-4
     assert state[0].count == 6
+    assert state[1].count == 4
+
+
+# Six steps of `conflictfree.momentum_operator.PseudoMomentumOperator(3)` of the authors' package in
+# float64, on rows (1 + t / 2) g_(t mod 3).
+M_CONFIG_ROWS = jnp.array([[3.0, 0.0, 1.0, -1.0], [0.0, 0.5, -0.25, 1.0], [1.0, 2.0, 0.0, 0.5]])
+M_CONFIG_STEPS = (0.0, 0.0, 1.0, 0.99002931, 0.99686855, 0.99860360)
+
+
+def test_m_config_takes_the_steps_of_the_authors_code():
+    _, _, updates = run(m_config(3), *(M_CONFIG_ROWS * (1 + t / 2) for t in range(6)))
+    for update, expected in zip(updates, M_CONFIG_STEPS, strict=True):
+        np.testing.assert_allclose(update, np.full(4, expected), rtol=2e-5)
+
+
+def test_m_config_waits_for_no_task_that_is_away():
+    tx, there = m_config(3), jnp.array([True, False, True])
+    _, state, updates = run(tx, *[MATRIX] * 3, present=there)
+    np.testing.assert_array_equal([u.any() for u in updates], [False, True, True])
+    update, state, _ = run(tx, MATRIX, state=state)  # the third's first turn makes no pause
+    assert update.any()
+    np.testing.assert_array_equal(state[0].last_turns, [3, 4, 2])
 
 
 def test_m_config_waits_where_a_gradient_is_not_finite():
@@ -353,7 +377,12 @@ def test_modo_matches_its_algorithm_on_two_and_three_batches():
     size = np.mean(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     start = np.full(3, 1 / 3)
     w = project_to_simplex(start - 0.4 * (a @ b.T @ start / size + 0.1 * start))
-    for count, last in ((2, b), (3, c)):
+    for count, last in ((2, (a + b) / 2), (3, c), (1, a)):
+        if count == 1:  # which then is its own second batch
+            w = project_to_simplex(
+                start
+                - 0.4 * (a @ a.T @ start / np.mean(np.linalg.norm(a, axis=1) ** 2) + 0.1 * start)
+            )
         update, state = update_fn(batches[:count], tx.init(None))
         assert relative_error(update, w @ last) < 1e-5
         np.testing.assert_allclose(state.weights, w, atol=1e-6)
@@ -438,18 +467,70 @@ def test_ntk_without_traces_uses_the_gramian():
 
 
 def test_lr_annealing_matches_its_algorithm():
-    """Largest over mean absolute entry: the mean of |entries|, not |mean|."""
+    """Largest over mean absolute entry of the weighted row: the mean of |entries|, not |mean|."""
     tx = scale_by_lr_annealing(3, reference=1, decay=0.9)
     state, w = tx.init(None), np.ones(3)
     step = jax.jit(tx.update)
     for matrix in (MATRIX, MATRIX - 1, 5 * MATRIX[::-1]):
         _, state = step(matrix, state, losses=LOSSES)
         entries = np.abs(np.asarray(matrix, np.float64))
-        w = 0.9 * w + 0.1 * entries[1].max() / entries.mean(1)
+        w = 0.9 * w + 0.1 * entries[1].max() / (w * entries.mean(1))
         w[1] = 1
         np.testing.assert_allclose(state.weights, w, rtol=1e-5)
     with pytest.raises(ValueError, match="reference='pde'"):
         run(lr_annealing(3, reference="pde"), MATRIX)
+
+
+def test_lr_annealing_takes_the_authors_measure():
+    """Of the weight matrices alone, the mean of their means, refreshed every third step here."""
+
+    def losses(params, t):
+        h = jnp.tanh(params["w"] @ (jnp.arange(2.0) + t) + params["b"])
+        return {"bc": jnp.sum((params["v"] @ h) ** 2), "pde": jnp.sum((params["v"] @ h - 3) ** 4)}
+
+    params = {
+        "w": jnp.array([[0.1, -0.2], [0.3, 0.1], [-0.4, 0.2]]),
+        "b": jnp.array([0.5, -1.0, 2.0]),
+        "v": jnp.array([[1.0, -0.7, 0.2]]),
+    }
+    matrices = {"w": True, "b": False, "v": True}
+    tx = mtl.every(3, scale_by_lr_annealing(2, reference="pde", layerwise=True))
+
+    @jax.jit
+    def step(state, t):
+        _, jac = mtl.value_and_jac(losses, gramian_at=matrices)(params, t)
+        return tx.update(jac, state)[1], jac.rows()
+
+    state, weight = tx.init(params), 1.0
+    for t in range(6):
+        state, rows = step(state, float(t))
+        if t % 3 == 0:
+            bc, pde = ([np.abs(np.asarray(rows[k][i], float)) for k in "wv"] for i in (0, 1))
+            ratio = max(a.max() for a in pde) / np.mean([weight * a.mean() for a in bc])
+            weight = 0.9 * weight + 0.1 * ratio
+        np.testing.assert_allclose(state.held_scales, [weight, 1], rtol=1e-5)
+
+
+def test_lr_annealing_does_not_run_away_where_the_terms_conflict():
+    """Where pde + λ bc is least λ g_bc = -g_pde, so that the plain ratio is λ times 3/2.
+
+    It grows by 5 % a step for ever. That of the weighted gradient is 3/2, where λ settles.
+    """
+    tx = optax.chain(lr_annealing(2, reference="pde"), optax.sgd(0.2))
+
+    def losses(w):
+        return {"bc": jnp.sum((w[:2] - 1) ** 2), "pde": jnp.sum((w - jnp.array([2, 2, 3.0])) ** 2)}
+
+    def step(carry, _):
+        w, state = carry
+        _, jac = mtl.value_and_jac(losses)(w)
+        update, state = tx.update(jac, state, w)
+        return (optax.apply_updates(w, update), state), state[0][0].weights[0]
+
+    start = jnp.zeros(3), tx.init(jnp.zeros(3))
+    weights = jax.jit(lambda start: jax.lax.scan(step, start, None, length=400)[1])(start)
+    assert weights.max() < 4
+    np.testing.assert_allclose(weights[-1], 1.5, rtol=1e-3)
 
 
 def test_encodec_gives_each_task_its_share_of_the_norm():
@@ -475,8 +556,44 @@ def test_encodec_measures_at_the_output_of_the_feature_jacobian():
     losses, jac = mtl.value_and_feature_jac(encode, decode)(w, x)
     tx = scale_by_encodec(2, total_norm=1.0)
     jac, _ = tx.update(jac, tx.init(w))
-    np.testing.assert_allclose(jac.correlation()[1], [0.5, 0.5], rtol=1e-5)
+    # The mean of the norms of three examples with one feature each.
+    means = [np.mean(np.abs(row)) for row in jac.measured_rows()[0]]
+    np.testing.assert_allclose(means, [0.5, 0.5], rtol=1e-5)
     assert list(losses) == ["l1", "l2"]
+
+
+# Three updates of `encodec.balancer.Balancer({"l1": 1, "l2": 3}, per_batch_item=...)` of the
+# authors' package in float64, with `total_norm=1`, on the losses below.
+ENCODEC_STEPS = {
+    True: ((-2.2953404, -38.3470774), (-12.51085661, -233.86043639), (-31.32942168, -629.26793955)),
+    False: ((-1.09140958, -17.249257), (-5.82034086, -101.56247308), (-14.27096064, -269.68655605)),
+}
+
+
+@pytest.mark.parametrize("per_example", [True, False])
+def test_encodec_takes_the_steps_of_the_authors_code(per_example):
+    w, x = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [0.0, 3.0], [1.0, 1.0]])
+    encode = lambda w, x: jnp.stack([x @ w, (x @ w) ** 2], axis=1)  # noqa: E731
+    decode = lambda w, z, x: {"l1": jnp.sum(jnp.abs(z - 0.9)), "l2": 100 * jnp.mean(z**2)}  # noqa: E731
+    tx = mtl.encodec(2, shares=[1.0, 3.0], total_norm=1.0, per_example=per_example)
+
+    @jax.jit
+    def step(state, x):
+        return tx.update(mtl.value_and_feature_jac(encode, decode)(w, x)[1], state)
+
+    state = tx.init(w)
+    for t, expected in enumerate(ENCODEC_STEPS[per_example]):
+        update, state = step(state, (1.0 + t) * x)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+
+
+def test_encodec_names_features_without_one_axis_of_examples():
+    encode = lambda w: (w, jnp.ones(3) * w[0])  # noqa: E731
+    decode = lambda w, z: {"a": jnp.sum(z[0]), "b": jnp.sum(z[1])}  # noqa: E731
+    _, jac = mtl.value_and_feature_jac(encode, decode)(jnp.ones(2))
+    tx = mtl.encodec(2)
+    with pytest.raises(ValueError, match=r"first axes \[2, 3\]"):
+        tx.update(jac, tx.init(None))
 
 
 # Absent tasks, losses of 0 and below.

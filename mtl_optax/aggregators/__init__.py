@@ -1,4 +1,12 @@
-"""Aggregators: links from a Jacobian to one gradient."""
+"""Aggregators: links from a Jacobian to one gradient.
+
+An aggregator weighs the gradients of the shared parameters. What only one task reads, its head, has
+nothing to be weighed against and follows its own loss: `heads="own"`. The authors of some methods
+descend the weighted sum of the losses instead, so that their heads are weighed too, and with them
+the learning rate of each head: `heads="weighted"`, of `mgda`, `nash_mtl`, `fairgrad`, `epo` and
+`excess_mtl`. Under an optimizer such as Adam, which divides by the size of a gradient, the two
+differ little. Balancers always scale whole rows, heads too.
+"""
 
 from mtl_optax._calls import explain_calls
 from mtl_optax.aggregators._adatask import adatask

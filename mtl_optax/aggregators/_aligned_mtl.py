@@ -9,8 +9,8 @@ from mtl_optax._numerics import dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import (
     check_preference,
-    factors,
     relative_norms,
+    row_factors,
     shares,
     solved_aggregator,
 )
@@ -34,7 +34,8 @@ def aligned_mtl(
     are dropped, those of rows that are merely small are not. Zero rows are left out.
 
     Small singular values are found to rounding whatever the norms of the rows (from 1e-4 to 1e4 and
-    beyond in float32); what the Gramian loses is those of nearly dependent unit rows. The aligned
+    beyond in float32), and those of nearly dependent unit rows where rows are at hand, as with
+    `jax.jacrev` and `gramian="rows"`: another Gramian loses what is below 1e-3. The aligned
     rows do not conflict with one another; the update may with a row that the alignment turned far.
 
     Args:
@@ -42,7 +43,7 @@ def aligned_mtl(
       scale: σ; of the kept singular values the smallest (`"min"`, as the paper), the lower median
         (`"median"`) or the root mean square (`"rmse"`).
       preference: p, a non-negative number or one a task; None is one over the number of tasks
-        present.
+        present, 1 the sum of the aligned rows.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: that of a mean of orthogonal rows of
@@ -63,9 +64,14 @@ def aligned_mtl(
       >>> [round(x, 4) for x in updates.tolist()]
       [0.2133, 0.9673, 0.9673]
 
+    Differs from:
+      The authors' code sums the aligned rows, K times our mean: `preference=1.0`. It squares the
+      condition number of the rows, and drops what their Gramian leaves at the level of rounding.
+
     References:
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
-      <https://arxiv.org/abs/2305.19000>`_, 2023, sec. 3.3 ("min"; the other two are TorchJD's).
+      <https://arxiv.org/abs/2305.19000>`_, 2023, sec. 3.3 ("min"; "median" and "rmse" are in their
+      code).
     """
     check_choice("scale", scale, SCALES)
     check_preference(preference)
@@ -78,7 +84,8 @@ def aligned_mtl(
         # rounding, where with the rows in another order it loses those below eps times the largest.
         order = jnp.argsort(-relative)
         relative, p = relative[order], p[order]
-        values, vectors, kept = factors(cosines[order][:, order])
+        values, vectors, kept = row_factors(jacobian, cosines)
+        vectors = vectors[order]
         # J = A Wᵀ with orthonormal W: the singular values of A, not the roots of the eigenvalues of
         # A Aᵀ, lest the spread of the norms be squared.
         root = relative[:, None] * vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]

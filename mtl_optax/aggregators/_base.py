@@ -1,16 +1,24 @@
 """What the aggregators that solve for K weights share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, check_option, dealt, link, preference_vector
+from mtl_optax.links import (
+    check_choice,
+    check_num_tasks,
+    check_option,
+    dealt,
+    link,
+    preference_vector,
+)
 from mtl_optax.states import PerTask
 
 
@@ -21,20 +29,36 @@ class SolvedState(NamedTuple):
     fallbacks: jax.Array  # () int32, updates that could not be solved: uniform weights
 
 
+Heads = Literal["own", "weighted"]
+HEADS = ("own", "weighted")
+
+
+class Solved(NamedTuple):
+    """What an aggregator solves for."""
+
+    weights: jax.Array  # (K,), of the rows
+    solved: jax.Array  # () bool, whether they are the answer
+    shortened: ArrayLike = 1.0  # (), what multiplies the sum on the shared parameters alone
+
+
 def solved_aggregator(
     num_tasks: int,
     solve: Callable[[Jacobian], tuple[jax.Array, jax.Array]],
     uniform: float | None = None,
+    heads: Heads = "own",
 ) -> optax.GradientTransformationExtraArgs:
     """The aggregator d = Jᵀw of a function from the Jacobian to `(w, solved)`.
 
     Args:
       num_tasks: number of tasks K.
-      solve: returns `(K,)` weights, whatever for absent tasks, and whether they are the answer.
+      solve: returns `Solved`: `(K,)` weights, whatever for absent tasks, and whether they are the
+        answer.
       uniform: the weight of every task where they are not, or are not finite in float32; None is
         one over those present.
+      heads: see `mtl_optax.aggregators`.
     """
     check_num_tasks(num_tasks)
+    check_choice("heads", heads, HEADS)
 
     def init_fn(params):
         del params
@@ -43,16 +67,27 @@ def solved_aggregator(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        weights, solved = solve(jacobian)
+        weights, solved, shortened = Solved(*solve(jacobian))
         weights = jnp.where(jacobian.present, weights, 0)
         solved &= jnp.all(jnp.isfinite(weights.astype(jnp.float32)))
         even = 1 / jacobian.num_present if uniform is None else uniform
         weights = jnp.where(solved, weights, jnp.asarray(even, weights.dtype))
-        update = jacobian.combine(weights)
+        shortened = jnp.where(solved, shortened, 1).astype(weights.dtype)
+        update = combined(jacobian, weights, heads, shortened)
         fallbacks = state.fallbacks + ~solved
-        return update, SolvedState(weights.astype(jnp.float32), fallbacks)
+        return update, SolvedState((weights * shortened).astype(jnp.float32), fallbacks)
 
     return link(init_fn, update_fn, num_tasks)
+
+
+def combined(
+    jacobian: Jacobian, weights: jax.Array, heads: Heads, shortened: ArrayLike = 1.0
+) -> Any:
+    """The weighted sum of the rows on the shared parameters, and what `heads` says on the heads."""
+    if heads == "own":
+        return jacobian.combine(weights * shortened)
+    even = jnp.full(jacobian.num_tasks, shortened, weights.dtype)
+    return jacobian.scale(weights).combine(even)
 
 
 def check_preference(preference: TaskOption | None) -> None:
@@ -86,6 +121,10 @@ def towards(target: jax.Array, norms: jax.Array, relax_factor: float | jax.Array
     return relax_factor * ratio + (1 - relax_factor)
 
 
+# Singular values of unit rows below so many times K eps are those of rounding.
+_ROUNDING = 16
+
+
 class SymmetricFactors(NamedTuple):
     """Eigenvalues and vectors of a correlation matrix, those of rounding marked."""
 
@@ -103,6 +142,29 @@ def factors(cosines: jax.Array) -> SymmetricFactors:
     values, vectors = jnp.linalg.eigh(jnp.where(jnp.isfinite(cosines), cosines, 0))
     tolerance = values.size * jnp.finfo(values.dtype).eps * values[-1]
     return SymmetricFactors(values, vectors, values > tolerance)
+
+
+def row_factors(jacobian: Jacobian, cosines: jax.Array) -> SymmetricFactors:
+    """The same of the cosines of a Jacobian, at the conditioning of its rows where it can be.
+
+    The eigenvectors of the computed cosines mix the unit rows U to nearly orthogonal ones A = T U;
+    from the Gramian of those, found anew, U = V B W with an orthonormal W and a small B, whose
+    singular values are those of U. An error of eps in U so stays one of eps.
+    """
+    eps = jnp.finfo(cosines.dtype).eps
+    # Largest first: of a matrix graded so an SVD finds the small singular values.
+    values, vectors, _ = (x[..., ::-1] for x in factors(cosines))
+    root = jnp.sqrt(jnp.maximum(values, values.size * eps * values[0]))
+    mixing = divide(1, root)[:, None] * vectors.T
+    products = jacobian.mixed_products(mixing)
+    if products is None:
+        return factors(cosines)
+    inner, rotation = jnp.linalg.eigh(jnp.where(jnp.isfinite(products), products, 0))
+    small = root[:, None] * rotation * jnp.sqrt(jnp.maximum(inner, 0))[None, :]
+    left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(small), small, 0))
+    # Two tasks that are one differ by the rounding of their entries, which is no direction.
+    kept = singular > _ROUNDING * values.size * eps * singular[0]
+    return SymmetricFactors(singular**2, dot(vectors, left), kept)
 
 
 def pseudo_solve(cosines: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:

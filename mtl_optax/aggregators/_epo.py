@@ -6,7 +6,7 @@ import optax
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._base import relative_norms, solved_aggregator
+from mtl_optax.aggregators._base import Heads, relative_norms, solved_aggregator
 from mtl_optax.links import check_option, preference_vector
 from mtl_optax.solvers import nonnegative_qp
 from mtl_optax.solvers._base import solve_free
@@ -18,7 +18,11 @@ _SLACK = -1e-3
 
 
 def epo(
-    num_tasks: int, *, preference: TaskOption = 1.0, tolerance: float | jax.Array = 1e-4
+    num_tasks: int,
+    *,
+    preference: TaskOption = 1.0,
+    tolerance: float | jax.Array = 1e-4,
+    heads: Heads = "own",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Steers to the ray of losses in inverse proportion to the preference, then down along it.
 
@@ -42,6 +46,8 @@ def epo(
         preference is drawn.
       tolerance: the μ, unitless and > 0, up to which the losses count as balanced: to about its
         root. The default leaves ratios of two losses within 3 %.
+      heads: `"own"`, each head follows its own loss, or `"weighted"`, its weighted one: see
+        `mtl_optax.aggregators`.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1). Losses
@@ -50,8 +56,8 @@ def epo(
       the updates where one was negative or all were 0, or with NaN rows: uniform weights 1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, a preference or `tolerance` is not above 0, or the losses are
-        not K.
+      ValueError: if `num_tasks` < 1, a preference or `tolerance` is not above 0, `heads` is none of
+        its choices, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -68,7 +74,7 @@ def epo(
       program unique, where it is not, and the program a non-negative QP that is solved exactly;
       where the best vertex is better by more than that, the solution stays that vertex. The
       published code also asks in descent that μ not rise, which three or more tasks can make
-      impossible, and multiplies its learning rate by 10 max(μ, 0.1).
+      impossible, multiplies its learning rate by 10 max(μ, 0.1), and has `heads="weighted"`.
 
     References:
       Mahapatra and Rajan, `Multi-Task Learning with User Preferences: Gradient Descent with
@@ -106,7 +112,7 @@ def epo(
         weights, slack = _maximise(objective, constraints, limits, jacobian.present)
         return weights, (slack >= _SLACK) & jnp.all(loss >= 0) & jnp.isfinite(mu)
 
-    return solved_aggregator(num_tasks, solve)
+    return solved_aggregator(num_tasks, solve, heads=heads)
 
 
 def _maximise(objective, constraints, limits, present):

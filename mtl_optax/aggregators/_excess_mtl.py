@@ -7,8 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax.aggregators._base import HEADS, Heads, combined
 from mtl_optax.aggregators._simplex_steps import exchange
-from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import (
+    check_choice,
+    check_num_tasks,
+    check_option,
+    keep_finite,
+    link,
+    task_zeros,
+)
 from mtl_optax.states import PerTask
 
 
@@ -23,7 +31,11 @@ class ExcessMtlState(NamedTuple):
 
 
 def excess_mtl(
-    num_tasks: int, *, step_size: float | jax.Array = 1.0, warmup: int = 1
+    num_tasks: int,
+    *,
+    step_size: float | jax.Array = 1.0,
+    warmup: int = 1,
+    heads: Heads = "own",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Raises the weights of tasks with a high excess risk, by exponentiated gradient.
 
@@ -41,6 +53,8 @@ def excess_mtl(
       num_tasks: number of tasks K; static, at least 1.
       step_size: eta > 0.
       warmup: updates of each task's warm-up, at least 1; the paper takes three epochs.
+      heads: `"own"`, each head follows its own loss, or `"weighted"`, its weighted one: see
+        `mtl_optax.aggregators`.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: mean-like (weights sum to 1).
@@ -61,8 +75,8 @@ def excess_mtl(
 
     Differs from:
       The paper's H has an epsilon inside the root, so its weights depend on the units of the
-      losses; here an entry without any gradient so far counts 0. The weights of the official code
-      sum to K, and its step size is 0.01.
+      losses; here an entry without any gradient so far counts 0. The weights of the authors' code
+      sum to K at every step, K times ours; its step size is 0.01, and it has `heads="weighted"`.
 
     References:
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_,
@@ -71,6 +85,7 @@ def excess_mtl(
     check_num_tasks(num_tasks)
     check_option("step_size", step_size, lambda x: x > 0, "more than 0")
     check_option("warmup", warmup, lambda x: x >= 1, "at least 1")
+    check_choice("heads", heads, HEADS)
 
     def init_fn(params):
         zeros = jnp.zeros(num_tasks, jnp.float32)
@@ -98,7 +113,7 @@ def excess_mtl(
         new_state = ExcessMtlState(
             weights, log_weights, initial, treedef.unflatten(roots), state.count + starts
         )
-        return jacobian.combine(weights), new_state
+        return combined(jacobian, weights, heads), new_state
 
     return link(init_fn, update_fn, num_tasks)
 

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.aggregators._base import solved_aggregator
+from mtl_optax.aggregators._base import Heads, solved_aggregator
 from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 
 def fairgrad(
-    num_tasks: int, *, alpha: float | jax.Array = 1.0
+    num_tasks: int, *, alpha: float | jax.Array = 1.0, heads: Heads = "own"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the update that splits the improvement fairly.
 
@@ -25,6 +25,8 @@ def fairgrad(
     Args:
       num_tasks: number of tasks K; static, at least 1.
       alpha: fairness, unitless, > 0; larger favours the task that improves least.
+      heads: `"own"`, each head follows its own loss, or `"weighted"`, its weighted one: see
+        `mtl_optax.aggregators`.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: free; rows s times as long give an
@@ -33,7 +35,7 @@ def fairgrad(
       weights 1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, `alpha` <= 0, or the losses are not K.
+      ValueError: if `num_tasks` < 1, `alpha` <= 0, `heads` is neither, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -44,6 +46,11 @@ def fairgrad(
       >>> updates, state = tx.update(jac, tx.init(jnp.zeros(3)))
       >>> [round(x, 4) for x in updates.tolist()], [round(w, 4) for w in state.weights.tolist()]
       ([0.0766, 0.9985, 0.9985], [0.5915, 0.4071])
+
+    Differs from:
+      The authors' code solves by least squares within its tolerances, whose answer is not exact
+      where the rows are badly scaled. The heads follow their own losses there too, in LibMTL the
+      weighted ones.
 
     References:
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
@@ -57,4 +64,4 @@ def fairgrad(
         solution = power_equilibrium(products, scales, power=power)
         return solution.x, solution.converged
 
-    return solved_aggregator(num_tasks, solve)
+    return solved_aggregator(num_tasks, solve, heads=heads)

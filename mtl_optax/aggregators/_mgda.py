@@ -5,14 +5,17 @@ from typing import Literal
 import optax
 
 from mtl_optax._min_norm import min_norm_weights
-from mtl_optax.aggregators._base import solved_aggregator
+from mtl_optax.aggregators._base import Heads, solved_aggregator
 from mtl_optax.links import check_choice
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
 def mgda(
-    num_tasks: int, *, normalize: Literal["none", "l2", "loss", "loss+"] = "none"
+    num_tasks: int,
+    *,
+    normalize: Literal["none", "l2", "loss", "loss+"] = "none",
+    heads: Heads = "own",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the min-norm point of their convex hull, by an exact solver.
 
@@ -28,13 +31,16 @@ def mgda(
       num_tasks: number of tasks K; static, at least 1.
       normalize: `"none"`; `"l2"` divides each row by its norm; `"loss"` by its loss; `"loss+"` by
         both. Losses must be positive for the latter two.
+      heads: `"own"`, each head follows its own loss, or `"weighted"`, its weighted one: see
+        `mtl_optax.aggregators`.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: at most mean-like (weights sum to 1,
       and d is no longer than any row when `normalize="none"`).
 
     Raises:
-      ValueError: if `num_tasks` < 1, `normalize` is none of the four, or the losses are not K.
+      ValueError: if `num_tasks` < 1, `normalize` or `heads` is none of its choices, or the losses
+        are not K.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -45,6 +51,9 @@ def mgda(
       >>> updates, state = tx.update(jac, tx.init(jnp.zeros(3)))
       >>> [round(x, 4) for x in updates.tolist()], [round(w, 4) for w in state.weights.tolist()]
       ([0.0, 1.0, 1.0], [0.6, 0.4])
+
+    Differs from:
+      The authors' code has `heads="weighted"`, and stops its Frank-Wolfe steps early.
 
     References:
       Désidéri, `Multiple-gradient descent algorithm
@@ -63,4 +72,4 @@ def mgda(
             scales = scales / jacobian.loss_vector()
         return min_norm_weights(products, scales, jacobian.present)
 
-    return solved_aggregator(num_tasks, solve)
+    return solved_aggregator(num_tasks, solve, heads=heads)

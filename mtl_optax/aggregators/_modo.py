@@ -25,13 +25,13 @@ def modo(
     r"""Moves the weights towards the min-norm point by double sampling.
 
     .. math:: \lambda \leftarrow \Pi_\Delta\!\left(\lambda - \gamma (J_1 J_2^\top + \rho I)
-              \lambda\right), \quad d = J_3^\top \lambda
+              \lambda\right), \quad d = \tfrac12 (J_1 + J_2)^\top \lambda
 
     The Gramian of one batch is a biased estimate of that of the data; the product of two
     independent ones is not. `update` takes a tuple of Jacobians, one a batch:
 
-        tx.update((jac_1, jac_2), opt_state, params)          # the direction from the second
-        tx.update((jac_1, jac_2, jac_3), opt_state, params)   # or from a third
+        tx.update((jac_1, jac_2), opt_state, params)          # the direction from both, their mean
+        tx.update((jac_1, jac_2, jac_3), opt_state, params)   # or from a third alone
 
     A task that is absent from one batch is so from all: the weights move on the simplex of the
     others, and it keeps its share of them. One Jacobian alone serves for all, with the bias.
@@ -62,12 +62,12 @@ def modo(
 
     Differs from:
       The paper's step size is absolute; here :math:`J_1 J_2^\top` is divided by the mean of
-      :math:`\|g_k\| \|g'_k\|`, so that the units of the losses have no say. Well-known
-      implementations replace the projection by a softmax of the weights.
+      :math:`\|g_k\| \|g'_k\|`, so that the units of the losses have no say. The authors' code
+      takes the sum of both batches, twice the mean of the paper's eq. 2.9b, and rho = 0.1.
 
     References:
       Chen et al., `Three-Way Trade-Off in Multi-Objective Learning
-      <https://arxiv.org/abs/2305.20057>`_, 2023, algorithm 2.
+      <https://arxiv.org/abs/2305.20057>`_, 2023, algorithm 2 and eq. 2.9.
     """
     check_num_tasks(num_tasks)
     check_option("gamma", gamma, lambda g: g > 0, "more than 0")
@@ -80,14 +80,22 @@ def modo(
 
     def update_fn(jacobians, state, **extra_args):
         del extra_args
-        first, second, last = batches(jacobians)
+        first, second, _ = batches(jacobians)
         _, present = presence(jacobians)
         w, total = shared_out(state.shares, present)
         products = relative_products(first, second, present).astype(jnp.float32)
         weights = simplex_step(w, dot(products, w) + rho * w, gamma, present)
-        return last.combine(weights), ModoState(weights, total * weights)
+        # Two batches share the direction; a third, or one that is alone, has it for itself.
+        direct = jacobians if len(jacobians) == 2 else jacobians[-1:]
+        updates = [jacobian.combine(weights) for jacobian in direct]
+        return _mean(*updates), ModoState(weights, total * weights)
 
     return link(init_fn, update_fn, num_tasks, several=True)
+
+
+def _mean(first, *second):
+    """The mean of one or two updates, where the sum of small numbers or large ones is one too."""
+    return jax.tree.map(lambda a, *b: a / 2 + b[0] / 2 if b else a, first, *second)
 
 
 def batches(jacobians):

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
-from mtl_optax.aggregators._base import solved_aggregator
+from mtl_optax.aggregators._base import Heads, Solved, solved_aggregator
 from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 
 def nash_mtl(
-    num_tasks: int, *, max_norm: float | jax.Array | None = None
+    num_tasks: int, *, max_norm: float | jax.Array | None = None, heads: Heads = "own"
 ) -> optax.GradientTransformationExtraArgs:
     r"""Combines the rows to the update on which the tasks, bargaining, would agree.
 
@@ -29,7 +29,9 @@ def nash_mtl(
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
-      max_norm: shortens longer updates to this norm, > 0; None does not.
+      max_norm: shortens longer updates of the shared parameters to this norm, > 0; None does not.
+      heads: `"own"`, each head follows its own loss, or `"weighted"`, its weighted one: see
+        `mtl_optax.aggregators`.
 
     Returns:
       An aggregator: Jacobian in, gradient out. Update scale: of norm √K, or `max_norm` if that is
@@ -37,7 +39,7 @@ def nash_mtl(
       1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, `max_norm` <= 0, or the losses are not K.
+      ValueError: if `num_tasks` < 1, `max_norm` <= 0, `heads` is neither, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,7 +53,9 @@ def nash_mtl(
 
     Differs from:
       The published code approximates the solution by a few convex-concave steps, keeps the last
-      weights where its solver fails, and has `max_norm=1`.
+      weights where its solver fails, and has `max_norm=1` and `heads="weighted"`. It divides the
+      Gramian by its norm first, so that its d is the root of that norm times as long before it is
+      shortened: below `max_norm` where gradients are small.
 
     References:
       Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_,
@@ -64,11 +68,11 @@ def nash_mtl(
         products, scales = jacobian.scaled_gramian()
         solution = power_equilibrium(products, scales)
         weights = solution.x
-        if max_norm is not None:
-            coefficients = scales * weights
-            square = jnp.vdot(coefficients, dot(products, coefficients))
-            norm = jnp.sqrt(jnp.maximum(square, 0))
-            weights = weights * (max_norm / jnp.maximum(norm, max_norm)).astype(weights.dtype)
-        return weights, solution.converged
+        if max_norm is None:
+            return weights, solution.converged
+        coefficients = scales * weights
+        square = jnp.vdot(coefficients, dot(products, coefficients))
+        norm = jnp.sqrt(jnp.maximum(square, 0))
+        return Solved(weights, solution.converged, max_norm / jnp.maximum(norm, max_norm))
 
-    return solved_aggregator(num_tasks, solve)
+    return solved_aggregator(num_tasks, solve, heads=heads)

@@ -37,8 +37,8 @@ def sdmgrad(
               v \leftarrow \mu v + J_1 J_2^\top (w + \lambda \tilde w), \quad
               d = \frac{J_3^\top (w + \lambda \tilde w)}{1 + \lambda}
 
-    `update` takes a tuple of Jacobians, one a batch, as `modo` does: two, or a third for the
-    direction. One alone serves for all, with the bias. Absent tasks are as in `modo`.
+    `update` takes a tuple of Jacobians, one a batch: two, of which the second gives the direction,
+    or a third for it. One alone serves for all, with the bias. Absent tasks are as in `modo`.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.

@@ -64,7 +64,9 @@ def scale_by_cov(
     Differs from:
       The paper's weights sum to 1; here to K, so that the learning rate keeps its meaning. The
       authors' code weights a step by the statistics before it; here, as in the paper, they include
-      it.
+      it. With a decay below 1 it averages the losses and their ratios so, and still divides the sum
+      of all squares so far by the number of steps; here the variance decays too, and the first
+      steps are averaged alike until a decaying mean has seen enough.
 
     References:
       Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations

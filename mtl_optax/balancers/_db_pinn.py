@@ -110,7 +110,7 @@ def scale_by_db_pinn(
 
 def _sizes(jacobian: Jacobian, statistic: str) -> tuple[jax.Array, jax.Array]:
     """What stands above and below the line of the ratio, `(K,)` float32 both."""
-    rows = [row.astype(jnp.float32) for row in jacobian.shared_rows()]
+    rows = [row.astype(jnp.float32) for row in jacobian.measured_rows()]
     size = max(sum(row[0].size for row in rows), 1)
     zeros = jnp.zeros(jacobian.num_tasks, jnp.float32)
     axes = [tuple(range(1, row.ndim)) for row in rows]

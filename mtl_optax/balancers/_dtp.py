@@ -35,7 +35,9 @@ def scale_by_dtp(
     regression the share of predictions within a threshold. It comes with each update as the extra
     argument `kpis=`, a tree like the losses, and is not differentiated. Its average starts at the
     first one seen. In a JAX array a KPI outside [0, 1] is clamped and counted in the state; NaN is
-    skipped and counted. For the paper's priority among *examples* use the focal losses of
+    skipped and counted. `mtl.losses` has the accuracy and the share of errors within a tolerance;
+    a KPI that is differentiable, and is to be improved for its own sake, goes into the loss by
+    `mtl.losses.task_priority`. For the paper's priority among *examples* use the focal losses of
     `mtl.losses` and `optax.losses.sigmoid_focal_loss`.
 
     Args:

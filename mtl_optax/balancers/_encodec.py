@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, power_of_two
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
+from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian._rows import over_shards
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
@@ -27,15 +29,17 @@ def scale_by_encodec(
     shares: TaskOption = 1.0,
     total_norm: float | jax.Array | None = None,
     decay: float | jax.Array = 0.999,
+    per_example: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives each task its share of the total gradient norm, whatever the scale of its loss.
 
     .. math:: \lambda_k = R\, \frac{s_k}{\sum_j s_j}\, \frac{1}{\langle\|g_k\|\rangle_\beta}
 
     where :math:`\langle\cdot\rangle_\beta` is a moving average, and the sums are over the tasks
-    present. The paper measures the norms at the
-    model's output: pass the Jacobian of `value_and_feature_jac(encode_fn, decode_fn)` with the
-    output as the features; one backward pass then goes through the model.
+    present. The paper measures the norms at the model's output: pass the Jacobian of
+    `value_and_feature_jac(encode_fn, decode_fn)` with the output as the features; one backward pass
+    then goes through the model. There :math:`\|g_k\|` is the mean over the batch of the norms of
+    the examples' gradients, as in the authors' code.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -43,13 +47,16 @@ def scale_by_encodec(
       total_norm: R > 0; the sum of the average norms by default, which keeps the step size. The
         paper has 1.
       decay: beta in [0, 1), weight of the past.
+      per_example: whether a norm at features, whose first axis is the batch, is the mean of those
+        of its examples; False takes that of the whole array, as at parameters.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like, or at most `total_norm` on
       average where it is given (and the norms are measured on the parameters).
 
     Raises:
-      ValueError: if `num_tasks` < 1, an option is out of range, or the losses are not K.
+      ValueError: if `num_tasks` < 1, an option is out of range, the losses are not K, or
+        `per_example` finds features of several batch sizes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,7 +85,8 @@ def scale_by_encodec(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        new = jacobian.norms().astype(jnp.float32)
+        by_example = per_example and not jacobian.at_parameters
+        new = _mean_norm(jacobian) if by_example else jacobian.norms().astype(jnp.float32)
         finite = jnp.isfinite(new)
         norms = jnp.where(finite, decay * state.norms + new, state.norms)
         masses = jnp.where(finite, decay * state.masses + 1, state.masses)
@@ -93,6 +101,25 @@ def scale_by_encodec(
         return jacobian.scale(weights), EncodecState(weights, norms, masses)
 
     return link(init_fn, update_fn, num_tasks)
+
+
+def _mean_norm(jacobian: Jacobian) -> jax.Array:
+    """The mean over the examples of the norms of their rows, `(K,)`, safe at any scale."""
+    rows = [row.astype(jnp.float32) for row in jacobian.measured_rows()]
+    rows = [row.reshape(*row.shape[:2], -1) if row.ndim > 1 else row[:, None, None] for row in rows]
+    sizes = {row.shape[1] for row in rows}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"encodec got features with first axes {sorted(sizes)}, expected one axis of examples: "
+            "pass per_example=False for the norm of the whole"
+        )
+    entries = jnp.concatenate(rows, axis=2)
+    unit = power_of_two(jnp.max(jnp.abs(entries), axis=(1, 2), initial=0))
+    norms = jnp.linalg.norm(entries / unit[:, None, None], axis=2)
+    # Inside `shard_map` each device has examples of its own. The 1s vary over them as the norms do.
+    ones = jnp.where(norms > 0, 1.0, 1.0)
+    total, count = unit * jnp.sum(norms, axis=1), jnp.sum(ones, axis=1)
+    return over_shards(jax.lax.psum, total) / over_shards(jax.lax.psum, count)
 
 
 encodec = summed(scale_by_encodec)

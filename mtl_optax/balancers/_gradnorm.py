@@ -57,7 +57,8 @@ def scale_by_gradnorm(
         tasks.
       optimizer: updates w; `optax.adam(0.025)` with a tiny `eps` by default, as in the paper.
       initial_losses: L(0), positive, one for all or a tree like the losses, such as log C for a
-        task of C classes; each task's first loss that is positive and finite by default.
+        task of C classes; None, for all or for a task in the tree, is its first loss that is
+        positive and finite: `{"class": math.log(10), "reg": None}`.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
@@ -85,8 +86,11 @@ def scale_by_gradnorm(
     """
     check_num_tasks(num_tasks)
     check_option("alpha", alpha, lambda a: a >= 0, "at least 0")
-    if initial_losses is not None:
-        check_option("initial_losses", initial_losses, lambda loss: loss > 0, "positive losses")
+    # None is no leaf of a tree, NaN is.
+    given = jax.tree.map(
+        lambda loss: jnp.nan if loss is None else loss, initial_losses, is_leaf=lambda x: x is None
+    )
+    check_option("initial_losses", given, lambda loss: ~(loss <= 0), "positive losses")
     # Adam's own eps of 1e-8 would slow the weights down where gradient norms are small.
     optimizer = optimizer or optax.adam(0.025, eps=1e-15)
 
@@ -105,8 +109,8 @@ def scale_by_gradnorm(
         loss = jacobian.loss_vector().astype(jnp.float32)
         positive = (loss > 0) & jnp.isfinite(loss)
         first = jnp.where(positive, loss, 0)
-        if initial_losses is not None:
-            first = per_task("initial_losses", initial_losses, jacobian).astype(jnp.float32)
+        known = per_task("initial_losses", given, jacobian).astype(jnp.float32)
+        first = jnp.where(jnp.isnan(known), first, known)
         initial = jnp.where(state.initial_losses > 0, state.initial_losses, first)
 
         w = state.weights

@@ -19,22 +19,38 @@ class LrAnnealingState(NamedTuple):
 
 
 def scale_by_lr_annealing(
-    num_tasks: int, *, reference: int | str = 0, decay: float | jax.Array = 0.9
+    num_tasks: int,
+    *,
+    reference: int | str = 0,
+    decay: float | jax.Array = 0.9,
+    layerwise: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the largest entry of a reference gradient over its own mean entry.
 
-    .. math:: \hat\lambda_k = \frac{\max_i |g_{r,i}|}{\mathrm{mean}_i |g_{k,i}|}, \quad
-              \lambda_k \leftarrow \beta \lambda_k + (1 - \beta) \hat\lambda_k, \quad
+    .. math:: \hat\lambda_k = \frac{\max_i |g_{r,i}|}{\mathrm{mean}_i |\lambda_k g_{k,i}|},
+              \quad \lambda_k \leftarrow \beta \lambda_k + (1 - \beta) \hat\lambda_k, \quad
               \lambda_r = 1
 
-    over the entries i of the shared parameters. The reference r is the PDE residual, the others are
-    boundary, initial and data terms. A ratio that is 0, not finite or has the divisor 0 leaves a
-    weight as it was; so all weights are held while the reference is absent or has no gradient.
+    over the entries i of the parameters where the Gramian is measured: the shared ones. The
+    reference r is the PDE residual, the others are boundary, initial and data terms. The mean is of
+    the *weighted* gradient, as in the authors' code, so that under a constant gradient the weight
+    settles at the root of the plain ratio: without it the weight of a term that is nearly solved
+    runs away. A ratio that is 0, not finite or has the divisor 0 leaves a weight as it was; so all
+    weights are held while the reference is absent or has no gradient.
+
+    The authors' code measures at the weight matrices alone, takes the mean of their means, and
+    refreshes the weights every tenth step::
+
+        matrices = lambda params: jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+        losses, jac = mtl.value_and_jac(task_losses, gramian_at=matrices)(params)
+        tx = mtl.every(10, mtl.lr_annealing(2, reference="pde", layerwise=True))
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
       reference: the task r, by its name or its position in the order of the losses.
       decay: beta in [0, 1), weight of the past.
+      layerwise: whether the mean is that of the means of each parameter array, which gives a small
+        array as much say as a large one.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: free (weights are often 10 and more).
@@ -53,10 +69,15 @@ def scale_by_lr_annealing(
       >>> jac, state = tx.update(jac, tx.init(jnp.ones(2)))
       >>> dict(zip(jac.names, state.weights.tolist()))
       {'data': 4.5, 'pde': 1.0}
+      >>> _, state = tx.update(mtl.value_and_jac(task_losses)(jnp.ones(2))[1], state)
+      >>> round(state.weights[0].item(), 4)  # half of 4.5 and of 8 / 4.5
+      3.1389
 
     Differs from:
-      The paper writes the average with alpha = 0.9 on the newest ratio; its code, which is followed
-      here, has 0.9 on the past.
+      The paper writes the average with alpha = 0.9 on the newest ratio, and the mean of the plain
+      gradient; its code, which is followed here, has 0.9 on the past and the mean of the weighted
+      one. Its code lets all boundary terms share one weight, and uses a new weight from the next
+      step on; here each task has its own, and the step that measures it uses it.
 
     References:
       Wang et al., `Understanding and Mitigating Gradient Pathologies in Physics-Informed Neural
@@ -74,12 +95,14 @@ def scale_by_lr_annealing(
         position = task_position("reference", reference, jacobian.names)
         largest = jnp.zeros(num_tasks, jnp.float32)
         total, size = jnp.zeros(num_tasks, jnp.float32), 0
-        for rows in jacobian.shared_rows():
+        for rows in jacobian.measured_rows():
             entries, axes = jnp.abs(rows.astype(jnp.float32)), tuple(range(1, rows.ndim))
             largest = jnp.maximum(largest, jnp.max(entries, axis=axes, initial=0))
-            total += jnp.sum(entries, axis=axes)
-            size += rows[0].size
-        ratio = divide(largest[position], total / max(size, 1), jnp.nan)
+            part = max(rows[0].size, 1) if layerwise else 1
+            total += jnp.sum(entries, axis=axes) / part
+            size += min(rows[0].size, 1) if layerwise else rows[0].size
+        mean = state.weights * (total / max(size, 1))
+        ratio = divide(largest[position], mean, jnp.nan)
         weights = decay * state.weights + (1 - decay) * ratio
         weights = jnp.where((ratio > 0) & jnp.isfinite(ratio), weights, state.weights)
         weights = jnp.where(jnp.arange(num_tasks) == position, 1, weights).astype(jnp.float32)

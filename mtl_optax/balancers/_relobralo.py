@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over
 from mtl_optax.links import check_key, check_num_tasks, check_option, link
@@ -16,7 +17,7 @@ class RelobraloState(NamedTuple):
     """State of `scale_by_relobralo`."""
 
     weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
-    initial_losses: PerTask  # (K,) float32, the first that could be used, 0 before
+    initial_losses: PerTask  # (K,) float32, L(0), the second that could be used, 0 before
     last_losses: PerTask  # (K,) float32, the last one, the same
     key: jax.Array  # typed random key
 
@@ -36,14 +37,17 @@ def scale_by_relobralo(
               \hat\lambda_k(t, t') = K\,\mathrm{softmax}_k \frac{L_k(t)}{T\,L_k(t')}
 
     with :math:`b \sim \mathrm{Bernoulli}(\rho)`, one draw for all tasks, so now and then the
-    progress since the start is what counts. The weights start at 1. They do not depend on the
-    units of the losses, which should not change sign. A task that is absent, or has no two losses
-    that are finite and not 0 to compare, keeps its weight; the others share the rest of K.
+    progress since the start is what counts. The schedule is that of the authors' code: the weights
+    are 1 in the first step; in the second :math:`\alpha = 0`, so that they jump to
+    :math:`\hat\lambda(t, t-1)`, and its losses are L(0) from then on; :math:`\alpha` is `decay`
+    from the third on. They do not depend on the units of the losses, which should not change sign.
+    Each task counts its own steps: those with a loss that is finite and not 0. One that is absent,
+    or has no two such losses to compare, keeps its weight; the others share the rest of K.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
       key: a typed random key, split in state.
-      decay: alpha in [0, 1], weight of the past; larger is smoother.
+      decay: alpha in [0, 1] from the third step on, weight of the past; larger is smoother.
       temperature: softmax temperature T, unitless, > 0; larger is more even.
       rho: mean of b in [0, 1]; smaller looks back more often.
 
@@ -63,7 +67,11 @@ def scale_by_relobralo(
       >>> for losses in ([2.0, 2.0], [1.0, 2.0]):
       ...     jac, state = tx.update(jnp.ones((2, 3)), state, losses=jnp.array(losses))
       >>> [round(w, 4) for w in state.weights.tolist()]
-      [0.8775, 1.1225]
+      [0.7551, 1.2449]
+
+    Differs from:
+      The authors' code compares the losses of a first step that looks back, by a chance of
+      1 - rho, with losses of 1; here the weights of the first step are 1.
 
     References:
       Bischof and Kraus, `Multi-Objective Loss Balancing for Physics-Informed Deep Learning
@@ -88,7 +96,7 @@ def scale_by_relobralo(
         del extra_args
         loss = jacobian.loss_vector().astype(jnp.float32)
         usable = jnp.isfinite(loss) & (loss != 0) & jacobian.present
-        initial = state.initial_losses
+        initial, last = state.initial_losses, state.last_losses
         next_key, draw_key = jax.random.split(state.key)
 
         def balanced(earlier):
@@ -100,11 +108,17 @@ def scale_by_relobralo(
 
         stays = jax.random.bernoulli(draw_key, jnp.asarray(rho, jnp.float32))
         past = jnp.where(stays, state.weights, balanced(initial))
-        weights = decay * past + (1 - decay) * balanced(state.last_losses)
+        compared, is_second = usable & (last != 0), initial == 0
+        alpha = jnp.where(compared & is_second, 0, decay)
+        weights = alpha * past + (1 - alpha) * balanced(last)
+        # Where not all tasks are in their second step together, what they are given is not K.
+        room = jnp.sum(jnp.where(compared, state.weights, 0))
+        total = jnp.sum(jnp.where(compared, weights, 0))
+        weights = jnp.where(compared, divide(room * weights, total), weights)
         new_state = RelobraloState(
             weights=weights.astype(jnp.float32),
-            initial_losses=jnp.where(usable & (initial == 0), loss, initial),
-            last_losses=jnp.where(usable, loss, state.last_losses),
+            initial_losses=jnp.where(compared & is_second, loss, initial),
+            last_losses=jnp.where(usable, loss, last),
             key=next_key,
         )
         return jacobian.scale(weights), new_state

@@ -72,7 +72,11 @@ def scale_by_softadapt(
     Differs from:
       The paper's weights sum to 1; here to K, so that the learning rate keeps its meaning. Its
       rates are finite differences of chosen order over the last losses; here those of the means of
-      two windows, which noise moves less.
+      two windows, which noise moves less. With `normalize` the authors' package divides the rates
+      by their sum, whose sign may turn all of them round: where the losses fall together it favours
+      the task that does best. Here, as the paper has it, the divisor is the sum of the magnitudes.
+      With `loss_weighted` its factor is the mean over all the losses that it is given; here over
+      the newest window.
 
     References:
       Heydari et al., `SoftAdapt <https://arxiv.org/abs/1912.12355>`_, 2019, section 3.1.

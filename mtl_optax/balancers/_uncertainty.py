@@ -29,6 +29,7 @@ class UncertaintyState(NamedTuple):
     log_variances: PerTask  # (K,) float32, s = log sigma^2, for the next update
     opt_state: PerTask  # of the optimizer of each s
     unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
+    total: jax.Array  # () float32, the loss with its regulariser at the last update
 
 
 def scale_by_uncertainty(
@@ -37,6 +38,7 @@ def scale_by_uncertainty(
     kind: Kind | Sequence[Kind] | Mapping[str, Kind] = "regression",
     regularizer: Literal["log", "log1p"] = "log",
     optimizer: optax.GradientTransformation | None = None,
+    initial_log_variance: float | jax.Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights each task by the inverse of a learned noise variance.
 
@@ -46,7 +48,9 @@ def scale_by_uncertainty(
     with :math:`c = 1/2` for regression and 1 for classification, and :math:`R(s) = s/2`, or
     :math:`\log(1 + e^s)`. Each s takes a step of its own optimizer along the closed-form gradient
     :math:`R'(s) - c e^{-s} L` after its weight is used. For a fixed L, `"log"` settles where
-    :math:`\lambda L = 1/2`: a large loss gets a small weight.
+    :math:`\lambda L = 1/2`: a large loss gets a small weight. The state's `total` is
+    :math:`\mathcal L` over the tasks present whose losses are finite, which with `"log"` goes below
+    0 as the losses fall; `summarize` reads it.
 
     Losses must be positive: where one is 0, negative or not finite, no s is its optimum, so its s
     and its weight stay as they are, and `unusable` counts it. :math:`e^s` is kept within 1e-12 and
@@ -57,6 +61,7 @@ def scale_by_uncertainty(
       kind: `"regression"` or `"classification"`, for all tasks or a tree like the losses.
       regularizer: `"log"` is Kendall's, whose total can go negative; `"log1p"` stays positive.
       optimizer: updates each s; `optax.adam(1e-2)` by default.
+      initial_log_variance: the s that all tasks start from.
 
     Returns:
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like at first (1/2 for regression),
@@ -90,12 +95,13 @@ def scale_by_uncertainty(
 
     def init_fn(params):
         del params
-        s = jnp.zeros(num_tasks, jnp.float32)
+        s = jnp.full(num_tasks, initial_log_variance, jnp.float32)
         return UncertaintyState(
             weights=jnp.ones(num_tasks, jnp.float32),
             log_variances=s,
             opt_state=jax.vmap(optimizer.init)(s),
             unusable=jnp.zeros(num_tasks, jnp.int32),
+            total=jnp.zeros([], jnp.float32),
         )
 
     def update_fn(jacobian, state, **extra_args):
@@ -106,12 +112,15 @@ def scale_by_uncertainty(
         usable = (loss > 0) & jnp.isfinite(loss)
         s = state.log_variances
         weights = factors * jnp.exp(-s)
-        slope = jnp.full_like(s, 0.5) if regularizer == "log" else jax.nn.sigmoid(s)
+        is_log = regularizer == "log"
+        slope = jnp.full_like(s, 0.5) if is_log else jax.nn.sigmoid(s)
+        terms = weights * loss + (s / 2 if is_log else jax.nn.softplus(s))
+        total = jnp.sum(jnp.where(jacobian.present & jnp.isfinite(terms), terms, 0))
         gradient = jnp.maximum(slope - weights * loss, -_LARGEST_GRADIENT)
         next_s, opt_state = step_each(optimizer, state.opt_state, s, gradient, usable)
         limit = math.log(_LARGEST)
         next_s = jnp.clip(next_s, -limit, limit)
-        new_state = UncertaintyState(weights, next_s, opt_state, state.unusable + ~usable)
+        new_state = UncertaintyState(weights, next_s, opt_state, state.unusable + ~usable, total)
         return jacobian.scale(weights), new_state
 
     return link(init_fn, update_fn, num_tasks)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import power_of_two, underflows, wide
+from mtl_optax._numerics import divide, power_of_two, underflows, wide
 from mtl_optax.jacobian import _opaque
 from mtl_optax.jacobian._given import GivenRows
 from mtl_optax.jacobian._layout import Layout
@@ -20,7 +20,7 @@ from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_los
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
-from mtl_optax.jacobian._rows import scale_rows, scaled_products
+from mtl_optax.jacobian._rows import mixed_products, scale_rows, scaled_products
 from mtl_optax.jacobian.ways import Measurement, Rows, Way
 
 if TYPE_CHECKING:
@@ -174,6 +174,14 @@ class Jacobian:
         """The K gradients on the shared parameters alone, a list of `(K, *param.shape)`."""
         return [self._rescaled(row) for row in self._rows_of(self._layout.shared_leaves)]
 
+    def measured_rows(self) -> list[jax.Array]:
+        """The K rows whose products the Gramian holds: at the parameters that `gramian_at` says.
+
+        Those of `value_and_feature_jac` are at the features. A list of `(K, *shape)`.
+        """
+        jac = self.here()
+        return [self._rescaled(row) for row in jac._way.rows(jac._layout, jac._rows_of)]
+
     def gramian(self) -> Float[Array, "K K"]:
         """J Jᵀ over the shared parameters, or where `gramian_at` says: `(K, K)`, float32.
 
@@ -231,6 +239,27 @@ class Jacobian:
         dtype = jnp.promote_types(self.dtype, other.dtype)
         products, scales, other_scales = scaled_products(rows, others, self.num_tasks, dtype)
         return products, self._scaled(scales), other._scaled(other_scales)
+
+    def mixed_products(self, mixing: Float[Array, "K K"]) -> Float[Array, "K K"] | None:
+        """T U Uᵀ Tᵀ of the unit rows U from the rows T U, None where no rows are at hand.
+
+        What a Gramian loses to rounding, the square of what the rows lose, is there again once T
+        makes the rows nearly orthogonal. Rows are at hand where they are given or the Gramian is
+        measured from them, at the price of that Gramian once more, and of T U.
+
+        Args:
+          mixing: T, `(K, K)`.
+        """
+        jac = self.here()
+        if not jac._way.holds_rows:
+            return None
+        measured = jac._measured()
+        lengths = jnp.sqrt(jnp.diagonal(measured.products))
+        scales = divide(1, lengths, 0)
+        if jac._scales is not None:
+            scales = scales * jnp.sign(jac._scales.astype(scales.dtype))
+        rows = jac._way.rows(jac._layout, jac._rows_of)
+        return mixed_products(rows, mixing * scales[None, :], measured.scales)
 
     def plan(self) -> Plan:
         """How this Jacobian is measured, leaf by leaf: a table to print. Computes nothing."""

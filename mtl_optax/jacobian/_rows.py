@@ -126,6 +126,22 @@ def scaled_products(
     return jax.lax.cond(jnp.all(in_range), as_they_are, in_units)
 
 
+def mixed_products(rows: Sequence[jax.Array], mixing: jax.Array, units: jax.Array) -> jax.Array:
+    """The Gramian of T U, for the rows U over their units, from the entries of T U themselves.
+
+    Where T makes them nearly orthogonal it has the conditioning of U, not its square. One leaf of
+    T U at a time, and each sharded as its rows are.
+    """
+    total = jnp.zeros_like(mixing)
+    for row in rows:
+        units_of = jnp.where(units > 0, units, 1).reshape(-1, *[1] * (row.ndim - 1))
+        mixed = jnp.tensordot(
+            mixing, row.astype(mixing.dtype) / units_of, 1, precision=jax.lax.Precision.HIGHEST
+        )
+        total += _products(mixed, mixed)
+    return total
+
+
 def _flat(row: jax.Array) -> jax.Array:
     return row.reshape(len(row), math.prod(row.shape[1:]))
 

@@ -50,9 +50,11 @@ class Way:
 
     Attributes:
       at_parameters: whether the Gramian is that of the gradients of parameters.
+      holds_rows: whether measuring computes the K rows that `rows` returns.
     """
 
     at_parameters = True
+    holds_rows = False
 
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian over the measured leaves.

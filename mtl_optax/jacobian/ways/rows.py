@@ -22,6 +22,8 @@ from mtl_optax.jacobian.ways._base import (
 class Rows(Way):
     """K gradients, held until the update is combined from them."""
 
+    holds_rows = True
+
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         rows = self.rows(layout, rows_of)
