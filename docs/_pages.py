@@ -41,6 +41,7 @@ API = (
     ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
     ("Models", mtl.models, mtl.models.__all__),
+    ("Compare", mtl.compare, mtl.compare.__all__),
     ("Metrics", mtl.metrics, ("delta_m", "mean_rank", "hypervolume")),
     ("Plots", mtl.plots, mtl.plots.__all__),
     ("Solvers", mtl.solvers, mtl.solvers.__all__),

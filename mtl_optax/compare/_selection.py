@@ -12,7 +12,6 @@ from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import num_examples
 from mtl_optax.compare._statistics import Estimate
 from mtl_optax.compare._train import ALONE, INVERSE, RANDOM, STATIC
-from mtl_optax.metrics import delta_m
 
 FORMAT = 2  # of results.json
 EQUAL_WEIGHTS = "sum"  # the strategy that all others are held against
@@ -49,7 +48,7 @@ def choose(
     def best(job: Notes, counted: list[int], reference: np.ndarray) -> tuple[int, dict[str, Any]]:
         higher = [setup.higher[metrics[i]] for i in counted]
         values = job["validation"][..., counted]
-        gains = np.asarray(delta_m(values, reference, higher_is_better=higher))
+        gains = np.mean(np.where(higher, 1, -1) * (values - reference) / np.abs(reference), axis=-1)
         gains = np.nan_to_num(gains, nan=-np.inf, posinf=-np.inf)
         looks = gains.argmax(axis=2)  # (S, C)
         config = int(gains.max(axis=2).mean(axis=0).argmax())

@@ -55,7 +55,8 @@ class Setup:
         self._traced = self._can_be_traced(*one)
         if self._traced:
             self._validation, self._test = jax.device_put((problem.validation, problem.test))
-        found = dict(problem.metrics(self.model(*one), self._validation))
+        measure = lambda: dict(problem.metrics(self.model(*one), self._validation))  # noqa: E731
+        found = jax.eval_shape(measure) if self._traced else measure()
         self.metric_names = list(found)
         check_names("metric", self.metric_names)
         if not found:
@@ -126,8 +127,7 @@ class Setup:
         """Validation and test metrics ``(S, C, M)`` of models with the axes ``(S, C)``."""
         shape = jax.tree.leaves(params)[0].shape[:2]
         if self._traced:
-            found = self._measure(params, rest, self._validation, self._test)
-            return np.asarray(found[0]), np.asarray(found[1])
+            return self._measure(params, rest, self._validation, self._test)
         values = np.empty((2, *shape, len(self.metric_names)))
         for s, c in np.ndindex(*shape):
             model = self.model(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
@@ -189,14 +189,22 @@ class Setup:
 
 
 def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of a model and more, over models with the axes ``(S, C)``, a few at a time."""
+    """`function` of a model and more, over models with the axes ``(S, C)``, a few at a time.
 
-    @jax.jit
+    It is compiled for one number of models alone: copies of the last fill it up.
+    """
+    some = jax.jit(lambda models, *more: jax.vmap(lambda m: function(*m, *more))(models))
+
     def all_of_them(params: Any, rest: Any, *more: Any) -> Any:
         shape = jax.tree.leaves(params)[0].shape[:2]
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (params, rest))
-        values = jax.lax.map(lambda model: function(*model, *more), flat, batch_size=AT_ONCE)
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), values)
+        places, count = list(np.ndindex(*shape)), int(np.prod(shape))
+        values = []
+        for start in range(0, count, AT_ONCE):
+            s, c = np.array([places[min(i, count - 1)] for i in range(start, start + AT_ONCE)]).T
+            models = jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest))
+            values.append(jax.device_get(some(models, *more)))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *values)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), joined)
 
     return all_of_them
 

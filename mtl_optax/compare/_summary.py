@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED, at_best
 from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value
-from mtl_optax.metrics import hypervolume, mean_rank
+from mtl_optax.metrics import mean_rank
 
 SINGLE_TASK = "single task"
 MAX_COLUMNS = 4  # more metrics than these are summed up
@@ -84,7 +83,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     deltas = {name: against_baseline(value) for name, value in values.items()}
     verdicts = judged({name: deltas[name] for name in strategies})
     unit = np.where([percent(results, m) for m in metrics], 100.0, 1.0)
-    area = jax.vmap(lambda p: hypervolume(p[None], unit * worst, higher_is_better=higher))
+    signs = np.where(higher, 1, -1)
 
     def row(name: str) -> Row:
         alone = name == SINGLE_TASK
@@ -100,7 +99,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
             over_tuned=Estimate.of(deltas[name] - deltas[TUNED]),
             verdicts=verdicts.get(name, {}),
             rank=Estimate.of(ranks[name]) if name in ranks else None,
-            volume=Estimate.of(area(unit * values[name])) if len(metrics) == 2 else None,
+            volume=Estimate.of(np.prod(unit * signs * (values[name] - worst), axis=1))
+            if len(metrics) == 2
+            else None,
             rate=about["rate"],
             trials=about["trials"],
             flops_ratio=costs["flops_ratio"],
