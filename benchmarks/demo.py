@@ -8,7 +8,7 @@ from mtl_optax.compare import Problem, _command as command
 
 FIRST_LINE = (
     "Two problems: on MultiMNIST, two alike tasks, hardly anything beats equal weights; on the "
-    "Helmholtz equation, losses of unlike scales, the weights decide."
+    "Helmholtz equation, losses of unlike scales, the strategy decides."
 )
 # Small enough for four minutes on two cores.
 SIZE = ("--seeds", "5", "--checkpoints", "5", "--candidates", "4")

@@ -13,7 +13,7 @@ from mtl_optax.compare import _curves as curves, _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
 from mtl_optax.compare._style import COLOURS, STYLE, plain, subplots
 
-MAX_LABELLED = 7  # strategies with a name in the plane; the others are grey dots
+MAX_LABELLED = 5  # strategies with a name in the plane; the others are grey dots
 UP, DOWN, LEVEL = COLOURS[0], COLOURS[1], "#777777"
 
 
@@ -139,9 +139,15 @@ def plane(results: dict[str, Any]) -> Figure | None:
     def both(values: Callable[[str], Any]) -> list[np.ndarray]:
         return [_scale(results, m) * np.array(values(m), float) for m in (x_name, y_name)]
 
-    points = both(lambda m: [r.metrics[m].mean for r in labelled])
-    for set_limits, values in zip((axis.set_xlim, axis.set_ylim), points, strict=True):
-        _limit(set_limits, values)
+    ends = both(
+        lambda m: [
+            r.metrics[m].mean + sign * np.nan_to_num(r.metrics[m].half)
+            for r in labelled
+            for sign in (-1, 1)
+        ]
+    )
+    for set_limits, values in zip((axis.set_xlim, axis.set_ylim), ends, strict=True):
+        _limit(set_limits, values, reach=30.0)
     axis.plot(*both(lambda m: results["candidates"][m]), "+", color="#bbbbbb", zorder=1)
     names_at: dict[tuple[float, float, str], list[str]] = {}
     for row in lines:
@@ -185,14 +191,14 @@ def _reference_lines(
             )
 
 
-def _limit(set_limits: Any, values: np.ndarray) -> None:
+def _limit(set_limits: Any, values: np.ndarray, reach: float = 4.0) -> None:
     """Keeps a strategy that failed from squeezing all others into a corner."""
     values = values[np.isfinite(values)]
     if not values.size:
         return
     low, high = np.percentile(values, [15, 85])
-    reach = 4 * (high - low)
-    shown = values[(values >= low - reach) & (values <= high + reach)]
+    away = reach * (high - low)
+    shown = values[(values >= low - away) & (values <= high + away)]
     edge = 0.1 * np.ptp(shown)
     if edge > 0:
         set_limits(shown.min() - edge, shown.max() + edge)

@@ -62,12 +62,12 @@ def compared(
     with store.locked(folder) if folder else contextlib.nullcontext():
         setup = Setup(problem, settings)
         jobs = [EQUAL_WEIGHTS, train.STATIC, *names]
-        facts = {**setup.facts(), "settings": dataclasses.asdict(settings), "versions": _packages()}
-        # What is not asked of a strategy does not depend on how many static weights are tried.
+        common = {**setup.facts(), "versions": _packages()}
         trainer = _Trainer(setup, on_progress, jobs)
         notes: dict[str, Notes] = {}
         for name in jobs:
             path = folder and folder / f"{_file_name(name)}.run"
+            facts = common | {"settings": _asked(settings), "trials": len(trainer.variants[name])}
             known = path and store.load(path, facts, warn)
             if known:
                 trainer.skip(name)
@@ -248,6 +248,12 @@ def _file_name(name: str) -> str:
         return name
     digest = hashlib.sha256(name.encode(), usedforsecurity=False).hexdigest()[:8]
     return f"{re.sub(r'[^a-z0-9_]', '_', name.lower())[:40]}-{digest}"
+
+
+def _asked(settings: Settings) -> dict[str, Any]:
+    """The settings without those that only say how many other models are trained."""
+    given = dataclasses.asdict(settings)
+    return {name: value for name, value in given.items() if name not in ("candidates", "models")}
 
 
 def _packages() -> dict[str, str]:
