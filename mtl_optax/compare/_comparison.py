@@ -200,11 +200,12 @@ def diagnose(problem: Problem, *, seeds: int = 2, **settings: Any) -> Diagnosis:
       >>> import mtl_optax as mtl
       >>> x = jax.random.normal(jax.random.key(0), (64, 3))
       >>> def losses(w, x):
-      ...     return {"small": jnp.mean((x @ w - 1) ** 2), "large": 1e3 * jnp.mean((x @ w) ** 2)}
+      ...     error = jnp.mean((x @ w - x[:, 0]) ** 2)
+      ...     return {"small": error, "large": 1e3 * error}
       >>> problem = mtl.compare.Problem(
       ...     init=lambda key: jnp.zeros(3), loss_fn=losses, train=x, validation=x, test=x,
       ...     metrics=losses, higher_is_better=False, batch_size=16)
-      >>> diagnosis = mtl.compare.diagnose(problem, steps=20)
+      >>> diagnosis = mtl.compare.diagnose(problem, seeds=1, steps=8)
       >>> diagnosis.verdict
       'scale'
     """
