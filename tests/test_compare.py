@@ -425,6 +425,9 @@ def test_answer_says_who_to_prefer(results):
     everywhere = answered(dwa=0.2, tuned=0.2)
     assert everywhere.startswith("Prefer static weights (tuned weights): they are ")
     assert "dwa also help" in everywhere
+    strategies = {**results["strategies"]}
+    strategies[STRATEGY] = {**strategies[STRATEGY], "options": {"temperature": 0.5}}
+    assert "dwa (temperature 0.5)" in summary.text({**results, "strategies": strategies})
     few = {**results, "settings": {**results["settings"], "seeds": 2}}
     assert "say nothing about chance" in summary.answer(few)
 

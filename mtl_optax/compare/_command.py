@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("stopped: start the same command again, and it goes on from here")
         raise SystemExit(INTERRUPTED) from None
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, BlockingIOError) as error:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
         raise SystemExit(

@@ -79,7 +79,7 @@ def compared(
             on_finished(name, selection.glance(setup, known))
         on_progress("done", trainer.total, trainer.total)
     return {
-        **selection.choose(setup, names, notes, trainer.variants[train.STATIC]),
+        **selection.choose(setup, names, notes, trainer.variants),
         "skipped": skipped,
         "settings": dataclasses.asdict(settings),
         "versions": versions(),

@@ -27,7 +27,7 @@ Notes = dict[str, np.ndarray]
 
 
 def choose(
-    setup: Setup, strategies: list[str], notes: dict[str, Notes], static: list[tuple[str, Any]]
+    setup: Setup, strategies: list[str], notes: dict[str, Notes], variants: dict[str, list[Any]]
 ) -> dict[str, Any]:
     """The results of every job under its best configuration, ready for JSON.
 
@@ -40,7 +40,7 @@ def choose(
       setup: what was trained.
       strategies: names in the catalog, beside equal weights.
       notes: what was noted of each job under every configuration.
-      static: the kind and the weights of each variant of `STATIC`.
+      variants: what each job was tried with: options, or of `STATIC` the kind and the weights.
     """
     metrics, problem = setup.metric_names, setup.problem
     rates = setup.settings.learning_rates
@@ -58,7 +58,7 @@ def choose(
             "best": looks[:, config].tolist(),
         } | kept
 
-    kinds = np.repeat([kind for kind, _ in static], len(rates))
+    kinds = np.repeat([kind for kind, _ in variants[STATIC]], len(rates))
     of_kind = {kind: _configs(notes[STATIC], kinds == kind) for kind in (INVERSE, ALONE, RANDOM)}
     equal = notes[EQUAL_WEIGHTS]
     equal |= {"weights": np.ones_like(equal["train_loss"])}
@@ -106,8 +106,11 @@ def choose(
         "left_out": left_out,
         "single_task": singles,
         "strategies": {
-            name: _about(name) | {"trials": jobs[name]["validation"].shape[1]} | run
-            for name, (_, run) in chosen.items()
+            name: _about(name)
+            | {"trials": jobs[name]["validation"].shape[1]}
+            | {"options": variants[name][config // len(rates)] if name in strategies else {}}
+            | run
+            for name, (config, run) in chosen.items()
         },
         "candidates": _by_name(metrics, tuned["test"][:, :, -1].mean(axis=0)),
         "diagnosis": diagnosis.of(setup.names, *seen).as_dict(),

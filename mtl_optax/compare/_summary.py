@@ -32,6 +32,7 @@ class Row:
     rank: Estimate | None  # among the strategies, averaged over the metrics
     volume: Estimate | None  # of two metrics, in their units, above the worst of all
     rate: float | None  # the learning rate chosen
+    options: dict[str, float]  # likewise, where they were tuned
     trials: int
     flops_ratio: float | None  # of a training step, to the plain step
     wall_ratio: float | None
@@ -39,7 +40,10 @@ class Row:
     @property
     def label(self) -> str:
         """The name that is shown."""
-        return "sum (equal)" if self.name == EQUAL_WEIGHTS else self.name
+        if self.name == EQUAL_WEIGHTS:
+            return "sum (equal)"
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.options.items())
+        return f"{self.name} ({chosen})" if chosen else self.name
 
 
 def percent(results: dict[str, Any], metric: str) -> bool:
@@ -87,7 +91,11 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
     def row(name: str) -> Row:
         alone = name == SINGLE_TASK
-        about = {"kind": "reference", "rate": None, "trials": 0} if alone else strategies[name]
+        about = (
+            {"kind": "reference", "rate": None, "trials": 0, "options": {}}
+            if alone
+            else strategies[name]
+        )
         costs = {"flops_ratio": None, "wall_ratio": None} if alone else strategies[name]
         return Row(
             name=name,
@@ -103,6 +111,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             if len(metrics) == 2
             else None,
             rate=about["rate"],
+            options=about["options"],
             trials=about["trials"],
             flops_ratio=costs["flops_ratio"],
             wall_ratio=costs["wall_ratio"],
