@@ -6,8 +6,8 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 
 .PHONY: demo bench docs docs-check test test-long test-jax lint format clean
 
-demo: .venv/.installed  ## train every strategy on real data; table, plots and report in results/demo
-	$(BIN)/python -m benchmarks.compare --out results/demo $(ARGS)
+demo: .venv/.installed  ## strategies on two problems; tables, plots and reports in results/demo
+	$(BIN)/python -m benchmarks.demo --out results/demo $(ARGS)
 
 test: .venv/.installed  ## lint, types, unit tests, doctests and the notebooks
 	$(BIN)/ruff check .
@@ -29,7 +29,7 @@ test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
 	XLA_FLAGS="$$($(OTHER)/bin/python -m tests.xla_flags)" JAX_COMPILATION_CACHE_DIR= \
 	  $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS) \
 	  -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
-	  test_docs.py test_bench.py test_benchmarks.py test_benchmark_data.py test_aggregate_time.py \
+	  test_docs.py test_bench.py test_compare.py test_benchmark_data.py test_aggregate_time.py \
 	  test_accuracy.py test_known_answers.py test_torchjd.py test_plots.py)
 
 # A Python with the extra "bench", which adds TorchJD; without it only our side runs.

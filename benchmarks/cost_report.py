@@ -28,8 +28,8 @@ from benchmarks import (
     timing,
 )
 from benchmarks.steps import PLAIN, WAYS
-from benchmarks.style import COLOURS, MARKERS, STYLE, look
 from benchmarks.timing import OURS, PEER
+from mtl_optax.compare._style import COLOURS, MARKERS, STYLE, look
 
 DOCS = Path(__file__).parent.parent / "docs"
 # Dark and plain against light and hatched: the two are told apart in grey.

@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mtl_optax as mtl
+from mtl_optax.compare import Draw, Problem
 
 STARTS = jnp.array([[-8.5, 7.5], [-8.5, -5.0], [9.0, 9.0]])
 FRONT_Y = -8.355  # of CAGrad's toy, for x1 in [-7, 7]
@@ -39,6 +40,31 @@ def cagrad_toy(x: jax.Array) -> dict[str, jax.Array]:
     s2 = ((-x1 - 7) ** 2 + 0.1 * (-x2 - 8) ** 2) / 10 - 20
     c1, c2 = jnp.maximum(jnp.tanh(x2 / 2), 0), jnp.maximum(jnp.tanh(-x2 / 2), 0)
     return {"first": f1 * c1 + s1 * c2, "second": f2 * c1 + s2 * c2}
+
+
+def cagrad_problem() -> Problem:
+    """`mtl-compare benchmarks.known_answers:cagrad_problem`: who reaches the front of the toy.
+
+    The start is one from which equal weights get stuck.
+    """
+
+    def distance(x: jax.Array, _: Any) -> dict[str, jax.Array]:
+        beside = jnp.maximum(jnp.abs(x[0]) - 7, 0.0)
+        return {"distance to the front": jnp.hypot(beside, x[1] - FRONT_Y)}
+
+    return Problem(
+        init=lambda key: STARTS[0] + 0.1 * jax.random.normal(key, (2,)),
+        loss_fn=lambda x, batch: cagrad_toy(x),
+        train=Draw(lambda key: ()),
+        validation=(),
+        test=(),
+        metrics=distance,
+        higher_is_better=False,
+        steps=2000,
+        learning_rates=(0.01, 0.03, 0.1),
+        optimizer=lambda rate, steps: optax.adam(rate),
+        title="CAGrad's toy problem",
+    )
 
 
 def vlmop2(x: jax.Array) -> dict[str, jax.Array]:

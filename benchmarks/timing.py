@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import experiment
+from mtl_optax.compare import _run as experiment
 
 OURS, PEER = "mtl_optax", "TorchJD"
 RESULTS = Path(__file__).parent / "results"

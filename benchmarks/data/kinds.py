@@ -16,10 +16,10 @@ class TaskKind:
 
     loss: Measure
     metric: Measure
-    metric_name: str
+    unit: str  # of the metric; "%" shows it in percent
     kpi: Measure  # of a training batch, in [0, 1], 1 is perfect
     higher_is_better: bool = True
-    percent: bool = True  # whether the metric is shown in percent
+    noise: str = "regression"  # for `uncertainty`
 
 
 def observed_mean(values: jax.Array, labels: jax.Array) -> jax.Array:
@@ -94,11 +94,11 @@ def _closeness(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 TASK_KINDS = {
-    "classification": TaskKind(cross_entropy, accuracy, "accuracy", accuracy),
-    "binary": TaskKind(binary_cross_entropy, auc, "AUC", binary_accuracy),
-    "regression": TaskKind(squared_error, r2, "R²", _share_explained),
-    "rating": TaskKind(
-        squared_error, root_mean_squared_error, "RMSE", _share_explained, False, percent=False
+    "classification": TaskKind(
+        cross_entropy, accuracy, "accuracy %", accuracy, noise="classification"
     ),
-    "field": TaskKind(squared_error, relative_error, "relative error", _closeness, False),
+    "binary": TaskKind(binary_cross_entropy, auc, "AUC %", binary_accuracy, noise="classification"),
+    "regression": TaskKind(squared_error, r2, "R² %", _share_explained),
+    "rating": TaskKind(squared_error, root_mean_squared_error, "RMSE", _share_explained, False),
+    "field": TaskKind(squared_error, relative_error, "relative error %", _closeness, False),
 }

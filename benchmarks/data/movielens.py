@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.data.base import Dataset, Recipe, Split, Task, packaged_file, shuffled
+from benchmarks.data.base import Recipe, Split, Task, hard_sharing, packaged_file, shuffled
 from mtl_optax import models
+from mtl_optax.compare import Problem
 
 NEGATIVES = 4  # items shown and not clicked, for each click
 SHA256 = {
@@ -50,7 +51,7 @@ def esmm(model: Any, inputs: Any) -> dict[str, jax.Array]:
     return outputs
 
 
-def movielens(*, sizes: tuple[int, int, int] = (92_000, 4_000, 4_000)) -> Dataset:
+def movielens(*, sizes: tuple[int, int, int] = (92_000, 4_000, 4_000)) -> Problem:
     """MovieLens-100K: click, like and rating of a user and a film.
 
     A click is a rated film; four films that the user did not rate are drawn for each. A like is a
@@ -91,8 +92,7 @@ def movielens(*, sizes: tuple[int, int, int] = (92_000, 4_000, 4_000)) -> Datase
         )
 
     train, validation, test = map(split, shuffled(len(user), *sizes))
-    return Dataset(
-        name="movielens",
+    return hard_sharing(
         title="MovieLens-100K: click, like through click, rating of what is clicked",
         source="MovieLens-100K as shipped with recbole (research use only); 4 films not rated are "
         "drawn for each one rated",

@@ -2,7 +2,7 @@
 
 The network is u(x); the losses ask that it solve the equation inside the domain and take the given
 values on its border. What is measured is the error of u against a reference solution, so these
-data sets have tasks to train on and another one to be judged by.
+problems have tasks to train on and another one to be judged by.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks.data.base import Dataset, Recipe, Split, Task
+from benchmarks.data.base import Recipe, Split, Task, hard_sharing
 from mtl_optax import models
+from mtl_optax.compare import Problem
 
 Field = Callable[[jax.Array], jax.Array]  # a point (2,) -> u ()
 VISCOSITY = 0.01 / np.pi
@@ -81,7 +82,7 @@ def helmholtz_solution(points: np.ndarray) -> np.ndarray:
     return np.sin(a * np.pi * points[:, 0]) * np.sin(b * np.pi * points[:, 1])
 
 
-def burgers(*, num_points: int = 10_000) -> Dataset:
+def burgers(*, num_points: int = 10_000) -> Problem:
     """Burgers' equation on x in [-1, 1], t in [0, 1], where a shock forms at x = 0.
 
     References:
@@ -93,8 +94,7 @@ def burgers(*, num_points: int = 10_000) -> Dataset:
     points = {"boundary": (side, t), "initial": (x, zero), "pde": (x[::-1], t)}
     values = {"boundary": zero, "initial": -np.sin(np.pi * x), "pde": zero}
     grid = _grid((-1, 1), (0, 1))
-    return _dataset(
-        "burgers",
+    return _problem(
         "Burgers' equation: residual, boundary and initial values",
         points,
         values,
@@ -103,7 +103,7 @@ def burgers(*, num_points: int = 10_000) -> Dataset:
     )
 
 
-def helmholtz(*, num_points: int = 10_000) -> Dataset:
+def helmholtz(*, num_points: int = 10_000) -> Problem:
     """The Helmholtz equation on a square, with a known solution and a source that makes it so.
 
     References:
@@ -123,8 +123,7 @@ def helmholtz(*, num_points: int = 10_000) -> Dataset:
         "pde": source * helmholtz_solution(np.stack(points["pde"], axis=1)),
     }
     grid = _grid((-1, 1), (-1, 1))
-    return _dataset(
-        "helmholtz",
+    return _problem(
         "Helmholtz equation: residual and boundary values",
         points,
         values,
@@ -138,14 +137,13 @@ def _grid(x: tuple[float, float], y: tuple[float, float], count: int = 64) -> np
     return np.stack(axes, axis=-1).reshape(-1, 2)
 
 
-def _dataset(
-    name: str,
+def _problem(
     title: str,
     points: dict[str, tuple[np.ndarray, np.ndarray]],
     values: dict[str, np.ndarray],
     reference: tuple[np.ndarray, np.ndarray],
     residual: Callable[[Field, jax.Array], jax.Array],
-) -> Dataset:
+) -> Problem:
     def labelled(inputs: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> Split:
         return Split(
             {task: array.astype(np.float32) for task, array in inputs.items()},
@@ -158,8 +156,7 @@ def _dataset(
     validation, test = (
         labelled({"u": grid[colour == c]}, {"u": solution[colour == c]}) for c in (0, 1)
     )
-    return Dataset(
-        name=name,
+    return hard_sharing(
         title=title,
         source="random points inside and on the border; judged on a 64x64 grid of the solution",
         tasks=tuple(Task(task, 1, "field") for task in points),

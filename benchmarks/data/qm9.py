@@ -6,16 +6,17 @@ import csv
 import numpy as np
 
 from benchmarks.data.base import (
-    Dataset,
     Recipe,
     Split,
     Task,
     cached,
     columns,
+    hard_sharing,
     packaged_file,
     shuffled,
     standardized,
 )
+from mtl_optax.compare import Problem
 
 SHA256 = (
     "19f0a5d595462d52cd82eef3370f3e9eb55a1f52cb14985657200349568deff3",
@@ -59,7 +60,7 @@ def molecule_features(charges: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.concatenate([present.sum(axis=0), eigenvalues, pairs.ravel()])
 
 
-def qm9(*, sizes: tuple[int, int, int] = (15_000, 2_000, 3_000)) -> Dataset:
+def qm9(*, sizes: tuple[int, int, int] = (15_000, 2_000, 3_000)) -> Problem:
     """QM9: twelve regressions whose targets are centred but not scaled.
 
     Args:
@@ -74,8 +75,7 @@ def qm9(*, sizes: tuple[int, int, int] = (15_000, 2_000, 3_000)) -> Dataset:
     def split(rows: np.ndarray) -> Split:
         return Split(inputs[rows], columns(targets[rows], names))
 
-    return Dataset(
-        name="qm9",
+    return hard_sharing(
         title="QM9: twelve properties of molecules on raw scales",
         source=f"{sum(sizes):,} random molecules of QM9 as shipped with qm9pack; targets are "
         "centred, not scaled",

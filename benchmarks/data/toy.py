@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from benchmarks.data.base import Dataset, Recipe, Split, Task
+from benchmarks.data.base import Recipe, Split, Task, hard_sharing
+from mtl_optax.compare import Problem
 
 NUM_INPUTS, NUM_OUTPUTS = 250, 10
 SCALES = (1, 2, 5, 10, 20, 50, 100)
 
 
-def gradnorm_toy(*, sizes: tuple[int, int, int] = (5_000, 1_000, 1_000)) -> Dataset:
+def gradnorm_toy(*, sizes: tuple[int, int, int] = (5_000, 1_000, 1_000)) -> Problem:
     r"""Regressions of :math:`\sigma_k \tanh((B + \epsilon_k) x)` with scales from 1 to 100.
 
     The tasks are alike but for :math:`\epsilon_k` and the scale, so all can be learnt equally well.
@@ -29,8 +30,7 @@ def gradnorm_toy(*, sizes: tuple[int, int, int] = (5_000, 1_000, 1_000)) -> Data
         return Split(x / np.float32(0.01), labels)
 
     train, validation, test = map(split, sizes)
-    return Dataset(
-        name="gradnorm_toy",
+    return hard_sharing(
         title=f"GradNorm toy: {len(SCALES)} regressions at scales from 1 to 100",
         source="made from random matrices, as in the GradNorm paper",
         tasks=tuple(Task(name, NUM_OUTPUTS, "regression") for name in names),

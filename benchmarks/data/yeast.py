@@ -5,20 +5,21 @@ import gzip
 import numpy as np
 
 from benchmarks.data.base import (
-    Dataset,
     Recipe,
     Split,
     Task,
     columns,
+    hard_sharing,
     packaged_file,
     shuffled,
     standardized,
 )
+from mtl_optax.compare import Problem
 
 NUM_FEATURES = 103
 
 
-def yeast(*, sizes: tuple[int, int, int] = (1_417, 400, 600)) -> Dataset:
+def yeast(*, sizes: tuple[int, int, int] = (1_417, 400, 600)) -> Problem:
     """Yeast: 14 binary labels of 2,417 genes, from their expression and phylogeny.
 
     Args:
@@ -39,8 +40,7 @@ def yeast(*, sizes: tuple[int, int, int] = (1_417, 400, 600)) -> Dataset:
     def split(rows: np.ndarray) -> Split:
         return Split(inputs[rows], columns(table[rows, NUM_FEATURES:], names))
 
-    return Dataset(
-        name="yeast",
+    return hard_sharing(
         title="Yeast: 14 classes of genes",
         source="the 2,417 genes of the yeast data set as shipped with river",
         tasks=tuple(Task(name, 1, "binary") for name in names),

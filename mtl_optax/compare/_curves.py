@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import summary
-from benchmarks.style import look
+from mtl_optax.compare import _summary as summary
+from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
+from mtl_optax.compare._style import look, plain, subplots
 
 MAX_PANELS = 12
 MAX_LINES = 5  # strategies in a picture of losses
@@ -15,32 +15,34 @@ MAX_LINES = 5  # strategies in a picture of losses
 
 def losses(results: dict[str, Any]) -> Figure | None:
     """A panel a task: the training loss of the baselines and the best strategies."""
-    references = (results["equal_weights"], results["tuned_weights"])
+    references = (EQUAL_WEIGHTS, TUNED)
     strategies = [r for r in summary.rows(results) if r.name in results["strategies"]]
     best = [r for r in strategies if r.name not in references][: MAX_LINES - len(references)]
     shown = [r for r in strategies if r.name in references] + best
-    figure, panels = _panels(results["dataset"]["tasks"], results)
+    tasks = results["problem"]["tasks"][:MAX_PANELS]
+    figure, panels = _panels(tasks, results)
     for task, axis in panels.items():
         runs = {r.label: results["strategies"][r.name]["train_loss"][task] for r in shown}
         if task in results["single_task"]:
             runs["single task"] = results["single_task"][task]["train_loss"][task]
         for i, (name, curve) in enumerate(runs.items()):
-            axis.plot(results["window_steps"], np.mean(curve, axis=0), label=name, **look(i))
-        axis.set_yscale("log")
+            axis.plot(results["window_steps"], _mean(curve), label=plain(name), **look(i))
+        if all(np.nanmin(np.array(curve, float)) > 0 for curve in runs.values()):
+            axis.set_yscale("log")
     _finish(figure, panels, "training loss, mean of the seeds")
     return figure
 
 
 def weights(results: dict[str, Any]) -> Figure | None:
     """A panel a strategy: each task's share of the weights."""
-    tasks = results["dataset"]["tasks"]
+    tasks = results["problem"]["tasks"]
     shown = _those_with(results, "weights")
     if not shown:
         return None
     figure, panels = _panels(shown, results, sharey=True)
     for name, axis in panels.items():
         recorded = results["strategies"][name]["weights"]
-        shares = np.stack([np.array(recorded[task]) for task in tasks])  # (K, S, windows)
+        shares = np.stack([np.array(recorded[task], float) for task in tasks])  # (K, S, windows)
         shares = shares / shares.sum(axis=0)
         _lines(axis, results["window_steps"], dict(zip(tasks, shares, strict=True)))
         if len(tasks) <= summary.MAX_COLUMNS:
@@ -56,22 +58,41 @@ def cosines(results: dict[str, Any]) -> Figure | None:
         return None
     figure, panels = _panels(shown, results, sharey=True)
     for name, axis in panels.items():
-        pairs = {pair: np.array(c) for pair, c in results["strategies"][name]["cosine"].items()}
-        if len(pairs) > summary.MAX_COLUMNS:
-            flat = np.concatenate(list(pairs.values()))
-            pairs = {
-                f"{share} % of the pairs are below": np.nanpercentile(flat, share, axis=0)[None]
-                for share in (10, 50, 90)
-            }
+        recorded = results["strategies"][name]["cosine"]
+        pairs = {pair: np.array(cosine, float) for pair, cosine in recorded.items()}
         _lines(axis, results["checkpoint_steps"], pairs)
         axis.axhline(0, color="black", linewidth=0.8)
     _finish(figure, panels, "cosine of the tasks' gradients (band: all seeds)")
     return figure
 
 
+def norms(results: dict[str, Any]) -> Figure | None:
+    """A panel a strategy: the norm of each task's gradient."""
+    shown = _those_with(results, "norm")[:4]
+    figure, panels = _panels(shown, results, sharey=True)
+    for name, axis in panels.items():
+        recorded = results["strategies"][name]["norm"]
+        _lines(
+            axis,
+            results["checkpoint_steps"],
+            {task: np.array(norm, float) for task, norm in recorded.items()},
+        )
+        axis.set_yscale("symlog" if _has_zero(recorded) else "log")
+    _finish(figure, panels, "norm of the tasks' gradients (band: all seeds)")
+    return figure
+
+
+def _has_zero(recorded: dict[str, Any]) -> bool:
+    return any(np.nan_to_num(np.array(norm, float)).min() <= 0 for norm in recorded.values())
+
+
+def _mean(curve: Any) -> np.ndarray:
+    return np.array(curve, float).mean(axis=0)
+
+
 def _those_with(results: dict[str, Any], what: str) -> list[str]:
     """The names of the baselines, then of the best strategies, that have recorded something."""
-    references = (results["equal_weights"], results["tuned_weights"])
+    references = (EQUAL_WEIGHTS, TUNED)
     names = [r.name for r in summary.rows(results) if r.name in results["strategies"]]
     names.sort(key=lambda name: name not in references)
     return [name for name in names if results["strategies"][name][what]][:MAX_PANELS]
@@ -82,7 +103,7 @@ def _panels(
 ) -> tuple[Figure, dict[str, Any]]:
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         lines,
         columns,
         sharex=True,
@@ -96,7 +117,7 @@ def _panels(
         axis.tick_params(labelbottom=True)  # the last panel of its column
     panels = dict(zip(names, axes.flat, strict=False))
     for name, axis in panels.items():
-        axis.set_title("sum (equal)" if name == results["equal_weights"] else name)
+        axis.set_title("sum (equal)" if name == EQUAL_WEIGHTS else plain(name))
     return figure, panels
 
 
@@ -107,11 +128,12 @@ def _lines(axis: Any, steps: list[float], curves: dict[str, np.ndarray]) -> None
         axis.fill_between(
             steps, band.min(axis=0), band.max(axis=0), color=style["color"], alpha=0.15, lw=0
         )
-        axis.plot(steps, band.mean(axis=0), label=name, **style)
+        axis.plot(steps, band.mean(axis=0), label=plain(name), **style)
 
 
 def _finish(figure: Figure, panels: dict[str, Any], label: str) -> None:
     figure.supxlabel("training step", fontsize=10)
     figure.supylabel(label, fontsize=10)
     handles, names = next(iter(panels.values())).get_legend_handles_labels()
+    handles, names = handles[:MAX_PANELS], names[:MAX_PANELS]
     figure.legend(handles, names, loc="outside upper center", ncols=min(4, len(names)))

@@ -1,0 +1,248 @@
+"""A problem made ready: its parameters for every seed, its names, what a model is measured by."""
+
+import hashlib
+import inspect
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import mtl_optax as mtl
+from mtl_optax.compare._problem import Problem, Settings, by_name, check_names
+from mtl_optax.compare._source import source_of
+
+AT_ONCE = 8  # models that are measured side by side
+# What these do is seen in a report, not in what was trained.
+NOT_TRAINED = ("_command.py", "_report.py", "_plots.py", "_curves.py", "_style.py", "_summary.py")
+
+
+class Setup:
+    """A problem under its settings.
+
+    Attributes:
+      params: the initial parameters, with a leading axis of seeds.
+      rest: what a module carries beside them, likewise.
+      names: the tasks, in the order of their losses.
+      pairs: all pairs of their positions.
+      metric_names: the metrics.
+      singles: whether every metric is that of a task.
+      initial_losses: ``(S, K)``, for the baseline of inverse initial losses.
+    """
+
+    def __init__(self, problem: Problem, settings: Settings):
+        self.problem, self.settings = problem, settings
+        self.source = source_of(problem, settings)
+        models = [problem.init(jax.random.key(seed)) for seed in range(settings.seeds)]
+        self._graphdef = None
+        if isinstance(models[0], nnx.Module):
+            self._graphdef = nnx.graphdef(models[0])
+            models = [nnx.state(m, nnx.Param, ...) for m in models]
+        else:
+            models = [(model, ()) for model in models]
+        self.params, self.rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+        one = self.one_seed(0)
+        shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
+        self.names = shapes.names
+        self.pairs = list(itertools.combinations(range(len(self.names)), 2))
+        check_names("task", self.names)
+        self._validation, self._test = problem.validation, problem.test
+        self._traced = self._can_be_traced(*one)
+        if self._traced:
+            self._validation, self._test = jax.device_put((problem.validation, problem.test))
+        measure = lambda: dict(problem.metrics(self.model(*one), self._validation))  # noqa: E731
+        found = jax.eval_shape(measure) if self._traced else measure()
+        self.metric_names = list(found)
+        check_names("metric", self.metric_names)
+        if not found:
+            raise ValueError("metrics returns an empty dict, expected at least one metric")
+        for name, value in found.items():
+            if np.shape(value) != ():
+                raise ValueError(
+                    f"metric {name!r} has shape {np.shape(value)}, expected one number"
+                )
+        self.higher = by_name(problem.higher_is_better, self.metric_names, "higher_is_better")
+        self.unit = by_name(problem.unit, self.metric_names, "unit")
+        self.singles = set(self.metric_names) <= set(self.names)
+        self.initial_losses = np.asarray(jax.jit(jax.vmap(self._first_losses))(
+            self.params, self.rest, jax.tree.map(lambda x: x[:, 0], self.source.first)
+        ))  # fmt: skip
+        self.geometry = _mapped(self._geometry)
+        self._measure = _mapped(self._both)
+
+    def one_seed(self, seed: int) -> tuple[Any, Any]:
+        """The initial parameters of a seed, and what a module carries beside them."""
+        return jax.tree.map(lambda leaf: leaf[seed], (self.params, self.rest))
+
+    def model(self, params: Any, rest: Any) -> Any:
+        """What the user's functions take."""
+        if self._graphdef is None:
+            return params
+        return nnx.merge(self._graphdef, params, rest, copy=True)
+
+    def losses(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
+        """The losses and the new rest."""
+        model = self.model(params, rest)
+        loss_fn, in_axes = self.problem.loss_fn, self.problem.jac.get("in_axes")
+        if in_axes is not None:
+            loss_fn = jax.vmap(loss_fn, in_axes=in_axes)
+        losses = loss_fn(model, batch)
+        if self._graphdef is not None:
+            rest = nnx.state(model, nnx.Not(nnx.Param))
+        return losses, rest
+
+    def linearize(self, params: Any, rest: Any, batch: Any, **options: Any) -> tuple[Any, ...]:
+        """The losses ``(K,)``, the new rest and the Jacobian."""
+        options = {**self.problem.jac, **options}
+        if options.get("in_axes") is not None:
+            losses, jac = mtl.value_and_jac(self.problem.loss_fn, **options)(
+                self.model(params, rest), batch
+            )
+        else:
+            (losses, rest), jac = mtl.value_and_jac(
+                lambda params: self.losses(params, rest, batch), has_aux=True, **options
+            )(params)
+        del losses
+        return jac.loss_vector(), rest, jac
+
+    def present(self, batch: Any) -> jax.Array:
+        """Which tasks a batch has labels of, ``(K,)``."""
+        if self.problem.present is None:
+            return jnp.ones(len(self.names), bool)
+        leaves = jax.tree.leaves(self.problem.present(batch))
+        present = jnp.concatenate([jnp.ravel(jnp.asarray(leaf, bool)) for leaf in leaves])
+        if present.shape != (len(self.names),):
+            raise ValueError(
+                f"present(batch) says something of {present.size} tasks, expected the "
+                f"{len(self.names)} of the losses: {', '.join(self.names)}"
+            )
+        return present
+
+    def evaluate(self, params: Any, rest: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Validation and test metrics ``(S, C, M)`` of models with the axes ``(S, C)``."""
+        shape = jax.tree.leaves(params)[0].shape[:2]
+        if self._traced:
+            return self._measure(params, rest, self._validation, self._test)
+        values = np.empty((2, *shape, len(self.metric_names)))
+        for s, c in np.ndindex(*shape):
+            model = self.model(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
+            for i, split in enumerate((self._validation, self._test)):
+                found = self.problem.metrics(model, split)
+                values[i, s, c] = [float(found[name]) for name in self.metric_names]
+        return values[0], values[1]
+
+    def facts(self) -> dict[str, Any]:
+        """Hashes of what the numbers depend on: the data, the problem's program, this library."""
+        one, source = self.one_seed(0), self.source
+        item = jax.tree.map(lambda x: x[0, 0], source.first)
+
+        def program(params: Any, rest: Any, data: Any, item: Any) -> Any:
+            batch = source.batch(data, item)
+            losses, _, jac = self.linearize(params, rest, batch)
+            grads = jac.pullback(jnp.ones(len(self.names)))
+            tx = self.problem.optimizer(jnp.float32(1.0), self.settings.steps)
+            kpis = self.problem.kpis and self.problem.kpis(self.model(params, rest), batch)
+            return losses, tx.update(grads, tx.init(params), params)[0], self.present(batch), kpis
+
+        data = (source.data, source.first, self.params, self.rest, self._validation, self._test)
+        measured = _hash_of_function(self.problem.metrics)
+        if self._traced:
+            measured = _hash_of_program(self._metrics, *one, self._validation)
+        options = {**self.problem.options, "jac": {**self.problem.jac}}
+        return {
+            "data": _hash_of_arrays(jax.tree.leaves(data)),
+            "program": _hash_of_program(program, *one, source.data, item),
+            "metrics": measured,
+            "options": _without_addresses(repr(options)),
+            "code": code_hash(),
+        }
+
+    def _can_be_traced(self, params: Any, rest: Any) -> bool:
+        try:
+            jax.eval_shape(self._metrics, params, rest, self._validation)
+        except Exception:  # whatever NumPy, scikit-learn or the user's code says to a tracer
+            return False
+        return True
+
+    def _metrics(self, params: Any, rest: Any, split: Any) -> jax.Array:
+        found = self.problem.metrics(self.model(params, rest), split)
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])
+
+    def _both(self, params: Any, rest: Any, validation: Any, test: Any) -> Any:
+        return self._metrics(params, rest, validation), self._metrics(params, rest, test)
+
+    def _geometry(self, params: Any, rest: Any, batch: Any) -> Any:
+        """The cosines ``(K, K)`` of the gradients and their norms ``(K,)``."""
+        _, _, jac = self.linearize(params, rest, batch)
+        return jac.keep(self.present(batch)).correlation()
+
+    def _first_losses(self, params: Any, rest: Any, item: Any) -> jax.Array:
+        batch = self.source.batch(self.source.data, item)
+        losses, _ = self.losses(params, rest, batch)
+        vector = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(losses)])
+        return jnp.where(self.present(batch), vector, jnp.nan)
+
+
+def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of a model and more, over models with the axes ``(S, C)``, a few at a time.
+
+    It is compiled for one number of models alone: copies of the last fill it up.
+    """
+    some = jax.jit(lambda models, *more: jax.vmap(lambda m: function(*m, *more))(models))
+
+    def all_of_them(params: Any, rest: Any, *more: Any) -> Any:
+        shape = jax.tree.leaves(params)[0].shape[:2]
+        places, count = list(np.ndindex(*shape)), int(np.prod(shape))
+        values = []
+        for start in range(0, count, AT_ONCE):
+            s, c = np.array([places[min(i, count - 1)] for i in range(start, start + AT_ONCE)]).T
+            models = jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest))
+            values.append(jax.device_get(some(models, *more)))
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *values)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), joined)
+
+    return all_of_them
+
+
+def code_hash(root: Path | None = None) -> str:
+    """A hash of this library's files: a strategy that was edited is trained again."""
+    root = root or Path(mtl.__file__).parent
+    found = hashlib.sha256(usedforsecurity=False)
+    for path in sorted(root.rglob("*.py")):
+        if path.parent.name != "compare" or path.name not in NOT_TRAINED:
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def _hash_of_arrays(leaves: list[Any]) -> str:
+    found = hashlib.sha256(usedforsecurity=False)
+    for leaf in leaves:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if hasattr(leaf, "dtype"):
+            array = np.ascontiguousarray(leaf)
+            found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def _hash_of_program(function: Callable[..., Any], *args: Any) -> str:
+    jaxpr = jax.make_jaxpr(function)(*args)
+    text = _without_addresses(str(jaxpr)) + _hash_of_arrays(jaxpr.consts)
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _hash_of_function(function: Callable[..., Any]) -> str:
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):  # typed into a prompt, or an object that can be called
+        text = _without_addresses(repr(function))
+    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "", text)

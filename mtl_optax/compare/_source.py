@@ -1,0 +1,145 @@
+"""Where batches come from: arrays, any Python iterable, or a draw at each step.
+
+Each becomes items with the axes of seeds and steps, and a traced function from an item to a batch,
+so that one compiled scan serves all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_optax.compare._problem import Draw, Problem, Settings, batch_order
+
+NUM_PROBED = 256  # training examples on which gradients are looked at
+MAX_BYTES = 1 << 26  # of the batches of an iterable that are handed over at once
+
+
+class Source(NamedTuple):
+    """The batches of a problem."""
+
+    data: Any  # on the device
+    batch: Callable[[Any, Any], Any]  # (data, item) -> batch
+    items: Callable[[], Iterator[Any]]  # chunks of items (S, steps of a chunk, ...)
+    first: Any  # the first chunk
+    steps: int  # of a chunk; divides those between two checkpoints
+    probe: Any  # a batch on which gradients are looked at
+    num_examples: int | None = None
+
+
+def source_of(problem: Problem, settings: Settings) -> Source:
+    """The batches of a problem for all seeds.
+
+    Raises:
+      ValueError: if there are too few examples, or an iterable yields nothing.
+    """
+    train = problem.train
+    if isinstance(train, Draw):
+        return _drawn(train, settings)
+    if callable(train):
+        return _iterated(train, settings)
+    sizes = {len(leaf) if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(train)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(
+            f"the arrays of train have first axes of {sorted(sizes)}, expected the same number of "
+            "examples in all; batches of another kind come from a function or a Draw"
+        )
+    (count,) = sizes
+    chunks = np.split(batch_order(settings, count), settings.checkpoints, axis=1)
+    probe = count if count < NUM_PROBED else NUM_PROBED
+    if problem.jac.get("in_axes") is not None:
+        probe = settings.batch_size  # the tasks may be the examples
+    return Source(
+        data=jax.device_put(train),
+        batch=lambda data, index: jax.tree.map(lambda array: array[index], data),
+        items=lambda: map(jnp.asarray, chunks),
+        first=jnp.asarray(chunks[0]),
+        steps=settings.steps_per_checkpoint,
+        probe=jax.tree.map(lambda array: jnp.asarray(array[:probe]), train),
+        num_examples=count,
+    )
+
+
+def _drawn(draw: Draw, settings: Settings) -> Source:
+    numbers = np.stack(np.meshgrid(range(settings.seeds), range(settings.steps), indexing="ij"), -1)
+    chunks = np.split(numbers.astype(np.int32), settings.checkpoints, axis=1)
+
+    def batch(data: Any, item: Any) -> Any:
+        return draw.batch(jax.random.fold_in(jax.random.fold_in(data, item[0]), item[1]))
+
+    key = jax.random.key(0)
+    return Source(
+        data=key,
+        batch=batch,
+        items=lambda: map(jnp.asarray, chunks),
+        first=jnp.asarray(chunks[0]),
+        steps=settings.steps_per_checkpoint,
+        probe=batch(key, jnp.array([settings.seeds, 0])),  # points that no seed is trained on
+    )
+
+
+def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
+    def forever(seed: int) -> Iterator[Any]:
+        shapes, epoch = None, 0
+        while True:
+            some = False
+            # Numbers that no other seed and epoch shares, as long as there are under a million.
+            for batch in factory(seed + 1_000_003 * epoch):
+                shapes = shapes or _shapes(batch)
+                if _shapes(batch) == shapes:
+                    some = True
+                    yield batch
+            if not some:
+                raise ValueError(
+                    f"train({seed + 1_000_003 * epoch}) yields no batch: it must return the "
+                    "batches of an epoch anew each time it is called"
+                )
+            epoch += 1
+
+    first = next(forever(0))
+    size = settings.seeds * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
+    between = settings.steps_per_checkpoint
+    at_once = max(1, min(between, MAX_BYTES // max(size, 1)))
+    steps = max(n for n in range(1, at_once + 1) if between % n == 0)
+
+    def items() -> Iterator[Any]:
+        streams = [forever(seed) for seed in range(settings.seeds)]
+        for _ in range(settings.steps // steps):
+            rows = [_stacked([next(stream) for _ in range(steps)]) for stream in streams]
+            yield jax.device_put(_stacked(rows))
+
+    return Source(
+        data=(),
+        batch=lambda data, item: item,
+        items=items,
+        first=next(items()),
+        steps=steps,
+        probe=jax.tree.map(jnp.asarray, first),
+    )
+
+
+def _shapes(batch: Any) -> list[tuple[int, ...]]:
+    return [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+
+
+def _stacked(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def halves(batch: Any) -> list[Any]:
+    """A batch as two, for strategies that need several: of each array every other example."""
+
+    def half(array: Any, i: int) -> Any:
+        return array[i::2] if jnp.ndim(array) and jnp.shape(array)[0] > 1 else array
+
+    return [jax.tree.map(lambda array, i=i: half(array, i), batch) for i in range(2)]
+
+
+def num_examples(split: Any) -> int | None:
+    """How many examples a split has, where it is arrays of one length."""
+    leaves = jax.tree.leaves(split)
+    sizes = {math.prod(np.shape(leaf)[:1]) for leaf in leaves if hasattr(leaf, "shape")}
+    return sizes.pop() if len(sizes) == 1 and all(map(np.ndim, leaves)) else None

@@ -1,0 +1,81 @@
+"""How sure a mean over a few seeds is: Student's t in float64, and Holm's correction."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.05
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and half its 95 % interval by Student's t (NaN with one seed)."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, samples: object) -> "Estimate":
+        """The estimate from one number a seed."""
+        values = np.asarray(samples, np.float64)
+        if len(values) < 2:
+            return cls(float(values.mean()), float("nan"))
+        error = float(values.std(ddof=1) / np.sqrt(len(values)))
+        return cls(float(values.mean()), quantile(len(values) - 1) * error)
+
+    def text(self, decimals: int = 2, *, signed: bool = False, scale: float = 1.0) -> str:
+        """``mean ± half``, or the mean alone where there is no interval."""
+        large = max(abs(scale * self.mean), abs(np.nan_to_num(scale * self.half))) >= 1e4
+        style = ".1e" if large else f".{decimals}f"
+        mean = f"{scale * self.mean:{'+' if signed else ''}{style}}"
+        return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:{style}}"
+
+
+def p_value(differences: object) -> float:
+    """The two-sided p of Student's t that differences, one a seed, have the mean 0.
+
+    1 with fewer than three seeds, whose differences may be equal by the rounding of a metric alone,
+    and where one is not finite.
+    """
+    values = np.asarray(differences, np.float64)
+    if len(values) < 3 or not np.all(np.isfinite(values)) or not np.any(values):
+        return 1.0
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    if error == 0:
+        return 0.0
+    return 1 - between(abs(values.mean()) / error, len(values) - 1)
+
+
+def between(t: float, degrees: int) -> float:
+    """How often Student's t is within ±t (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for i in range(degrees // 2):
+        total += term
+        term *= cosine**2 * ((2 * i + 2) / (2 * i + 3) if odd else (2 * i + 1) / (2 * i + 2))
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def quantile(degrees: int) -> float:
+    """The t within whose ± lie 95 % of Student's distribution."""
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if between(middle, degrees) < 1 - LEVEL else (low, middle)
+    return high
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's corrected p values: the chance of one false claim among all is at most its level.
+
+    References:
+      Holm, `A simple sequentially rejective multiple test procedure
+      <https://www.jstor.org/stable/4615733>`_, 1979.
+    """
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
+        corrected[i] = largest
+    return corrected

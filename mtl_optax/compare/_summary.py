@@ -1,0 +1,323 @@
+"""From results to the numbers that the table, the plots and the report all show."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from mtl_optax.compare._selection import EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED, at_best
+from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value
+from mtl_optax.metrics import mean_rank
+
+SINGLE_TASK = "single task"
+MAX_COLUMNS = 4  # more metrics than these are summed up
+MAX_NAMED = 4  # in a sentence
+EQUAL, OVER_TUNED = "gain", "over_tuned"  # what a row is held against
+_REFERENCES = (EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED)
+PADDING = 2  # between the columns of a terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the comparison; all estimates are means over seeds with their 95 % intervals."""
+
+    name: str
+    kind: str  # "reference", "baseline", "balancer" or "aggregator"
+    metrics: dict[str, Estimate]  # on the test set, at the best validation checkpoint
+    delta_m: Estimate  # percent, against single-task models (or equal weights) of the same seed
+    at_end: Estimate  # likewise, after the last step
+    gain: Estimate  # delta_m minus that of equal weights, seed by seed
+    over_tuned: Estimate  # delta_m minus that of tuned static weights
+    verdicts: dict[str, str]  # "↑" or "↓" for `gain` and `over_tuned`, after Holm's correction
+    rank: Estimate | None  # among the strategies, averaged over the metrics
+    volume: Estimate | None  # of two metrics, in their units, above the worst of all
+    rate: float | None  # the learning rate chosen
+    options: dict[str, float]  # likewise, where they were tuned
+    trials: int
+    flops_ratio: float | None  # of a training step, to the plain step
+    wall_ratio: float | None
+
+    @property
+    def label(self) -> str:
+        """The name that is shown."""
+        if self.name == EQUAL_WEIGHTS:
+            return "sum (equal)"
+        chosen = ", ".join(f"{name} {value:g}" for name, value in self.options.items())
+        return f"{self.name} ({chosen})" if chosen else self.name
+
+
+def percent(results: dict[str, Any], metric: str) -> bool:
+    """Whether a metric is a share that is shown in percent."""
+    return results["problem"]["unit"][metric].endswith("%")
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """The single-task models, if there are any, then every strategy, best first."""
+    problem, strategies, singles = (
+        results[key] for key in ("problem", "strategies", "single_task")
+    )
+    metrics = problem["metrics"]
+    higher = [problem["higher_is_better"][m] for m in metrics]
+    counted = [i for i, m in enumerate(metrics) if m not in results["left_out"]]
+
+    def of(runs: dict[str, Any], *, end: bool = False) -> np.ndarray:
+        """The test metrics ``(S, M)``, from the run of each metric."""
+        values = [
+            np.array(runs[m]["test"][m], float)[:, -1] if end else at_best(runs[m], "test", m)
+            for m in metrics
+        ]
+        return np.stack(values, axis=1)
+
+    runs = {name: dict.fromkeys(metrics, run) for name, run in strategies.items()}
+    values = {name: of(run) for name, run in runs.items()}
+    every = np.stack(list(values.values()))
+    ranks = dict(zip(values, np.asarray(mean_rank(every, higher_is_better=higher)), strict=True))
+    worst = np.where(higher, np.nanmin(every, axis=(0, 1)), np.nanmax(every, axis=(0, 1)))
+    if singles:
+        runs[SINGLE_TASK] = singles
+        values[SINGLE_TASK] = of(singles)
+    baseline = values[SINGLE_TASK if singles else EQUAL_WEIGHTS]
+
+    def against_baseline(values: np.ndarray) -> np.ndarray:
+        signs = np.where([higher[i] for i in counted], 1.0, -1.0)
+        base = baseline[:, counted]
+        base = np.where(base == 0, 1.0, base)
+        return 100 * np.mean(signs * (values[:, counted] - base) / np.abs(base), axis=1)
+
+    deltas = {name: against_baseline(value) for name, value in values.items()}
+    verdicts = judged({name: deltas[name] for name in strategies})
+    unit = np.where([percent(results, m) for m in metrics], 100.0, 1.0)
+    signs = np.where(higher, 1, -1)
+
+    def row(name: str) -> Row:
+        alone = name == SINGLE_TASK
+        about = (
+            {"kind": "reference", "rate": None, "trials": 0, "options": {}}
+            if alone
+            else strategies[name]
+        )
+        costs = {"flops_ratio": None, "wall_ratio": None} if alone else strategies[name]
+        return Row(
+            name=name,
+            kind=about["kind"],
+            metrics={m: Estimate.of(values[name][:, i]) for i, m in enumerate(metrics)},
+            delta_m=Estimate.of(deltas[name]),
+            at_end=Estimate.of(against_baseline(of(runs[name], end=True))),
+            gain=Estimate.of(deltas[name] - deltas[EQUAL_WEIGHTS]),
+            over_tuned=Estimate.of(deltas[name] - deltas[TUNED]),
+            verdicts=verdicts.get(name, {}),
+            rank=Estimate.of(ranks[name]) if name in ranks else None,
+            volume=Estimate.of(np.prod(unit * signs * (values[name] - worst), axis=1))
+            if len(metrics) == 2
+            else None,
+            rate=about["rate"],
+            options=about["options"],
+            trials=about["trials"],
+            flops_ratio=costs["flops_ratio"],
+            wall_ratio=costs["wall_ratio"],
+        )
+
+    body = [row(name) for name in strategies]
+    body.sort(key=lambda r: -np.nan_to_num(r.delta_m.mean, nan=-np.inf))
+    return [row(SINGLE_TASK), *body] if singles else body
+
+
+def judged(deltas: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
+    """Which differences from equal and tuned static weights are more than chance.
+
+    Paired over seeds by Student's t; Holm's correction is over all that are compared, so that one
+    false arrow in a whole table is as rare as its level says.
+
+    Args:
+      deltas: Δm of each seed, by strategy, the baselines among them.
+
+    Returns:
+      For each name "↑" or "↓" for what it was held against, if it is told apart.
+    """
+    tests = [(name, EQUAL, EQUAL_WEIGHTS) for name in deltas if name != EQUAL_WEIGHTS]
+    tests += [(name, OVER_TUNED, TUNED) for name in deltas if name not in _REFERENCES]
+    differences = [deltas[name] - deltas[other] for name, _, other in tests]
+    corrected = holm([p_value(d) for d in differences])
+    verdicts: dict[str, dict[str, str]] = {name: {} for name in deltas}
+    for (name, what, _), d, p in zip(tests, differences, corrected, strict=True):
+        if p <= LEVEL:
+            verdicts[name][what] = "↑" if d.mean() > 0 else "↓"
+    return verdicts
+
+
+def answer(results: dict[str, Any]) -> str:
+    """One sentence: what to prefer here, by how much and at what cost, or that nothing helps."""
+    lines = {row.name: row for row in rows(results)}
+    seeds = results["settings"]["seeds"]
+    if seeds < 3:
+        return f"{seeds} seed(s) say nothing about chance: run 3 or more to compare."
+    better = [r for r in lines.values() if r.verdicts.get(EQUAL) == "↑"]
+    best = [r for r in better if r.verdicts.get(OVER_TUNED) == "↑"]
+    static = [r for r in better if r.name in _REFERENCES]
+    others = [r for r in better if r.name not in _REFERENCES]
+    if best:
+        first = best[0]
+        return (
+            f"Prefer {_listed(best)}: {first.label} is {_points(first.gain)} better than equal "
+            f"weights and {_points(first.over_tuned)} better than tuned static weights, "
+            f"{_at_cost(first)}."
+        )
+    if static:
+        first = static[0]
+        also = f"; {_listed(others)} also help, but are not told apart from tuned ones" * bool(
+            others
+        )
+        return (
+            f"Prefer static weights ({first.label}): they are {_points(first.gain)} better than "
+            f"equal weights at the cost of a plain step{also}."
+        )
+    if others:
+        first = others[0]
+        return (
+            f"Prefer {_listed(others)}: {first.label} is {_points(first.gain)} better than equal "
+            f"weights, {_at_cost(first)}, but not told apart from tuned static weights."
+        )
+    closest = max(
+        (r for r in lines.values() if r.name not in (SINGLE_TASK, EQUAL_WEIGHTS)),
+        key=lambda r: np.nan_to_num(r.gain.mean, nan=-np.inf),
+    )
+    count = sum(name not in (SINGLE_TASK, EQUAL_WEIGHTS) for name in lines)
+    return (
+        f"Nothing is shown to beat equal weights here: of {count} others the best, "
+        f"{closest.label}, differs by {closest.gain.text(signed=True)} points of Δm, which is not "
+        "told apart from chance among so many."
+    )
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What must be said beside the numbers."""
+    lines, problem = rows(results), results["problem"]
+    said = []
+    worse = [r for r in lines if r.verdicts.get(EQUAL) == "↓"]
+    if worse:
+        said.append(f"Worse than equal weights: {_listed(worse)}.")
+    if results["left_out"]:
+        said.append(
+            f"Δm leaves out {', '.join(results['left_out'])}: the baseline's metric is not clearly "
+            "above zero, so that a relative change of it says nothing."
+        )
+    if (
+        lines[0].name == SINGLE_TASK
+        and lines[1].delta_m.mean + np.nan_to_num(lines[1].delta_m.half) < 0
+    ):
+        ahead = Estimate(-lines[1].delta_m.mean, lines[1].delta_m.half)
+        said.append(
+            f"Models of one task alone are {ahead.text()} points ahead of the best "
+            f"({lines[1].label}), with {len(problem['tasks'])} times the parameters."
+        )
+    if any(r.wall_ratio is None for r in lines if r.name != SINGLE_TASK):
+        said.append(
+            "Where a time is missing, two runs of the plain step beside it differed by more than "
+            "5 %: the machine was busy."
+        )
+    skipped = [f"{name} ({reason})" for name, reason in results["skipped"].items()]
+    if skipped:
+        said.append(f"Left out of all: {', '.join(skipped)}.")
+    return said
+
+
+def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
+    """The table by columns, each with its importance: 0 is always shown. Cells are text."""
+    problem, lines = results["problem"], rows(results)
+    metrics, sign = problem["metrics"], {True: 1, False: -1}
+
+    def metric(row: Row, m: str) -> str:
+        scale = 100.0 if percent(results, m) else 1.0
+        return row.metrics[m].text(2 if percent(results, m) else 4, scale=scale)
+
+    def worst(row: Row) -> str:
+        m = min(metrics, key=lambda m: sign[problem["higher_is_better"][m]] * row.metrics[m].mean)
+        return f"{metric(row, m)} {m}"
+
+    def compared(row: Row, what: str, nothing: tuple[str, ...]) -> str:
+        if row.name in nothing:
+            return ""
+        return f"{getattr(row, what).text(signed=True)} {row.verdicts.get(what, '')}".rstrip()
+
+    def number(value: float | None, style: str) -> str:
+        return "" if value is None else f"{value:{style}}"
+
+    names = [f"{m}\n{problem['unit'][m]}" for m in metrics]
+    made: list[tuple[int, str, Any]] = [(0, "strategy", lambda r: r.label)]
+    if len(metrics) <= MAX_COLUMNS:
+        made += [
+            (2, name, lambda r, m=m: metric(r, m)) for name, m in zip(names, metrics, strict=True)
+        ]
+    else:
+        made += [(4, "worst metric", worst)]
+    alone = (SINGLE_TASK,)
+    made += [
+        (1, "Δm %\nbest", lambda r: "0" if r.name in alone else r.delta_m.text(signed=True)),
+        (5, "Δm %\nat end", lambda r: r.at_end.text(signed=True)),
+        (0, "Δm % vs\nequal", lambda r: compared(r, EQUAL, (*alone, EQUAL_WEIGHTS))),
+        (3, "Δm % vs\ntuned", lambda r: compared(r, OVER_TUNED, (*alone, *_REFERENCES))),
+        (6, "mean\nrank", lambda r: r.rank.text(1) if r.rank else ""),
+        (6, "learning\nrate", lambda r: number(r.rate, "g")),
+        (7, "trials", lambda r: number(r.trials or None, "d")),
+        (1, "flops\n× plain", lambda r: number(r.flops_ratio, ".2f")),
+        (3, "time\n× plain", lambda r: number(r.wall_ratio, ".2f")),
+    ]
+    if len(metrics) == 2:
+        made.append((8, "hyper-\nvolume", lambda r: r.volume.text(1)))
+    table = [(place, [title, *map(cell, lines)]) for place, title, cell in made]
+    return [(place, cells) for place, cells in table if any(cells[1:])]
+
+
+def fitting(results: dict[str, Any], width: int) -> list[list[str]]:
+    """The most important columns that fit side by side, with no cell broken into lines."""
+    every = columns(results)
+
+    def wide(cells: list[str]) -> int:
+        return PADDING + max(len(part) for cell in cells for part in cell.split("\n"))
+
+    limit = max(place for place, _ in every)
+    while limit and sum(wide(c) for place, c in every if place <= limit) > width:
+        limit -= 1
+    return [cells for place, cells in every if place <= limit]
+
+
+def text(results: dict[str, Any], width: int = 80) -> str:
+    """The table as plain text."""
+    header, *body = zip(*fitting(results, width), strict=True)
+    tall = max(cell.count("\n") for cell in header)
+    top = [(cell + "\n" * (tall - cell.count("\n"))).split("\n") for cell in header]
+    lines = [*zip(*top, strict=True), *body]
+    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    space = " " * PADDING
+    return "\n".join(
+        space.join(
+            cell.rjust(size) if i else cell.ljust(size)
+            for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table for a page."""
+    header, *body = zip(*[cells for _, cells in columns(results)], strict=True)
+    header = [cell.replace("\n", " ") for cell in header]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *body)]
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    lines = (escaped[0], rule, *escaped[1:])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _listed(lines: list[Row]) -> str:
+    names = [row.label for row in lines]
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{estimate.text()} points of Δm"
+
+
+def _at_cost(row: Row) -> str:
+    plain = row.flops_ratio or float("nan")
+    return f"at {plain:.2f} times the flops of a plain step"
