@@ -128,7 +128,7 @@ def theirs(torch: Any, torchjd: Any, name: str, num_tasks: int, dtype: str) -> A
 
 def errors(calls: dict[str, Any], matrices: list[np.ndarray], turns: bool) -> dict[str, float]:
     """The worst error of each precision."""
-    worst = dict.fromkeys(PRECISIONS, 0.0)
+    worst: dict[str, float] = dict.fromkeys(PRECISIONS, 0.0)
     for seed, matrix in enumerate(matrices):
         rounded = matrix.astype(np.float32).astype(np.float64)
         exact = calls["float64"](rounded)

@@ -65,7 +65,7 @@ def measure(problem: Problem, params: Any, strategies: tuple[str, ...]) -> dict[
     return {"rho": _rho(problem, params, batch), **errors}
 
 
-def _read(problem: Problem, strategies: tuple[str, ...], gramian: str):
+def _read(problem: Problem, strategies: tuple[str, ...], gramian: Any) -> Any:
     @jax.jit
     def read(params, batch):
         losses, jac = mtl.value_and_jac(problem.loss_fn, gramian=gramian, **problem.jac)(
@@ -125,7 +125,7 @@ def _batch(problem: Problem, key: jax.Array) -> Any:
 
 
 def _trained(problem: Problem, params: Any, steps: int) -> Any:
-    tx = problem.optimizer(problem.learning_rates[0], steps)
+    tx = problem.optimizer(jnp.float32(problem.learning_rates[0]), steps)
 
     @jax.jit
     def step(params, state, batch):

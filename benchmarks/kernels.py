@@ -83,7 +83,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
                 draw = jax.random.normal(jax.random.key(1), (num_tasks, num_tasks))
                 hlo = jax.jit(weights).lower(draw).compile().as_text()
-                outside, turn = count(hlo)
+                outside, turn = count(hlo or "")
                 rows.append(dict(zip(COLUMNS, (name, num_tasks, outside, turn), strict=True)))
     return {"settings": dataclasses.asdict(options), "rows": rows}
 

@@ -17,8 +17,8 @@ NAMES = [
     "PerPair", "PerTask", "STRATEGIES", "Strategy", "link", "make", "register", "mean_tasks",
     "sum_tasks", "match_norm", "ntk_traces", "clip_tasks", "drop_nonfinite_tasks", "ema_tasks",
     "every", "log_losses", "monitor_tasks", "multi_steps", "normalize_tasks", "partition",
-    "skip_nonfinite", "observe_losses", "resize_state", "summarize", "fronts", "compare", "losses", "metrics",
-    "models", "plots", "solvers", "__version__",
+    "skip_nonfinite", "observe_losses", "resize_state", "summarize", "fronts", "compare",
+    "losses", "metrics", "models", "plots", "solvers", "__version__",
 ]
 # fmt: on
 OF_MODULES = {

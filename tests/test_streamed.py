@@ -13,6 +13,7 @@ import pytest
 import mtl_optax as mtl
 from benchmarks.flops import flops
 from mtl_optax._compat import body_of, is_jaxpr
+from mtl_optax.jacobian.ways import auto
 from tests.problems import relative_error
 
 
@@ -351,8 +352,11 @@ def temporary(fn, *args):
         ("scan", 12, 64, "streamed rows"),
     ],
 )
-def test_auto_streams_where_that_saves_what_it_takes(trunk, num_tasks, batch, way):
+def test_auto_streams_where_that_saves_what_it_takes(trunk, num_tasks, batch, way, monkeypatch):
     losses, params, x = network(trunk, num_tasks, batch=batch)
+    _, small = mtl.value_and_jac(losses, shared=SHARED)(params, x)
+    assert all(leaf.way == "rows" for leaf in small.plan().leaves if leaf.shared)
+    monkeypatch.setattr(auto, "SMALL", 0)
     _, jac = mtl.value_and_jac(losses, shared=SHARED)(params, x)
     leaf = {leaf.name.split("/")[-1]: leaf for leaf in jac.plan().leaves}
     assert leaf["up"].way == way

@@ -43,7 +43,7 @@ class Solved(NamedTuple):
 
 def solved_aggregator(
     num_tasks: int,
-    solve: Callable[[Jacobian], tuple[jax.Array, jax.Array]],
+    solve: Callable[[Jacobian], tuple[jax.Array, jax.Array] | Solved],
     uniform: float | None = None,
     heads: Heads = "own",
 ) -> optax.GradientTransformationExtraArgs:

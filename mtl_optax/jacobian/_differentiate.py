@@ -73,9 +73,10 @@ def value_and_jac(
         and convolutions. `"sequential"`: one pass after another by `jax.lax.map`, the smallest
         program and the least memory; on CPU as fast as `"isolated"` for dense layers, several times
         slower for convolutions.
-      gramian: how the Gramian is computed; `jac.plan()` prints it leaf by leaf. `"auto"`:
-        `"ghost"`, or `"streamed"` where layers stand in a loop, a checkpoint or a stack, and the
-        step then takes at most a tenth more multiplications than with their rows.
+      gramian: how the Gramian is computed; `jac.plan()` prints it leaf by leaf. `"auto"`: `"rows"`
+        where they take no more than a megabyte; else `"ghost"`, or `"streamed"` where layers stand
+        in a loop, a checkpoint or a stack, and the step then takes at most a tenth more
+        multiplications than with their rows.
         `"rows"`: from the rows, K × P numbers. `"ghost"`: dense layers and embeddings by the
         identity :math:`\langle x^\top\delta_i, x^\top\delta_j\rangle = \langle\delta_i, (x
         x^\top)\,\delta_j\rangle`, without their weight gradients, the rest from its rows; chosen

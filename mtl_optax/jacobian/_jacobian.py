@@ -251,7 +251,7 @@ class Jacobian:
           mixing: T, `(K, K)`.
         """
         jac = self.here()
-        if not jac._way.holds_rows:
+        if not jac._way.holds_rows(jac._layout):
             return None
         measured = jac._measured()
         lengths = jnp.sqrt(jnp.diagonal(measured.products))

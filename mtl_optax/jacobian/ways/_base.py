@@ -50,11 +50,9 @@ class Way:
 
     Attributes:
       at_parameters: whether the Gramian is that of the gradients of parameters.
-      holds_rows: whether measuring computes the K rows that `rows` returns.
     """
 
     at_parameters = True
-    holds_rows = False
 
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian over the measured leaves.
@@ -73,6 +71,11 @@ class Way:
     def rows(self, layout: Layout, rows_of: RowsOf) -> list[jax.Array]:
         """The rows whose products the Gramian holds."""
         return rows_of(layout.measured_leaves)
+
+    def holds_rows(self, layout: Layout) -> bool:
+        """Whether these rows are at hand once the Gramian is measured."""
+        del layout
+        return False
 
     def linear_maps(self) -> list[LinearMap]:
         """The linear maps that it holds, besides that of the parameters."""

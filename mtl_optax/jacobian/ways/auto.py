@@ -10,7 +10,10 @@ from mtl_optax.jacobian._linear_map import Heads, LinearMap
 from mtl_optax.jacobian._program import ISOMETRIES, Program, variables
 from mtl_optax.jacobian.ways import _walk, ghost, streamed
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way
+from mtl_optax.jacobian.ways.rows import Rows
 
+# Rows of so many bytes are held as they are: nothing of that size is worth rounding more.
+SMALL = 2**20
 # How many times the multiplications a step may take that holds one layer in place of K rows.
 _FOR_MEMORY = 1.1
 
@@ -18,10 +21,11 @@ _FOR_MEMORY = 1.1
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Auto(Way):
-    """Ghost, or streamed, for models with layers that ghost has no access to and takes by rows.
+    """Rows where they are small; else ghost, or streamed.
 
-    Those stand in a loop, in a checkpoint, or in a stack. Streaming takes half a backward pass or a
-    whole one more than ghost; what its own ghosts save there has to make up for it.
+    Streamed is for models with layers that ghost has no access to and takes by rows: those in a
+    loop, in a checkpoint, or in a stack. It takes half a backward pass or a whole one more than
+    ghost; what its own ghosts save there has to make up for it.
     """
 
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
@@ -32,9 +36,20 @@ class Auto(Way):
         """What each measured leaf takes."""
         return _chosen(linear, layout).costs(linear, layout)
 
+    def holds_rows(self, layout: Layout) -> bool:
+        """Where they are small."""
+        return _are_small(layout)
+
+
+def _are_small(layout: Layout) -> bool:
+    avals = [layout.leaf_avals[i] for i in layout.measured_leaves]
+    return layout.num_tasks * sum(a.size * a.dtype.itemsize for a in avals) <= SMALL
+
 
 def _chosen(linear: LinearMap, layout: Layout) -> Way:
     """The way, by the multiplications of a whole step in which Jᵀw follows the Gramian."""
+    if _are_small(layout):
+        return Rows()
     tapped = ghost.Ghost().taps(linear, layout.measured)
     rest = [i for i in layout.measured_leaves if i not in tapped]
     if not _stand_inside(linear.program, rest):

@@ -22,14 +22,17 @@ from mtl_optax.jacobian.ways._base import (
 class Rows(Way):
     """K gradients, held until the update is combined from them."""
 
-    holds_rows = True
-
     def measure(self, heads: Heads, layout: Layout, rows_of: RowsOf) -> Measurement:
         """The Gramian, see `Way`."""
         rows = self.rows(layout, rows_of)
         products, scales, _ = scaled_products(rows, rows, layout.num_tasks, layout.dtype)
         at_hand = dict(zip(layout.measured_leaves, rows, strict=True))
         return Measurement(products, scales, mix_rows(at_hand))
+
+    def holds_rows(self, layout: Layout) -> bool:
+        """They are."""
+        del layout
+        return True
 
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
