@@ -275,7 +275,7 @@ def make(
 
 
 def markdown() -> str:
-    """The catalog as the Markdown table that the README shows."""
+    """The catalog as the Markdown table of docs/strategies.md."""
     titles = "strategy", "kind", "needs", "state", "update scale", "what it does"
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in STRATEGIES.values():

@@ -67,7 +67,8 @@ def solved_aggregator(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        weights, solved, shortened = Solved(*solve(jacobian))
+        weights, solved, *more = solve(jacobian)
+        shortened = more[0] if more else 1.0
         weights = jnp.where(jacobian.present, weights, 0)
         solved &= jnp.all(jnp.isfinite(weights.astype(jnp.float32)))
         even = 1 / jacobian.num_present if uniform is None else uniform

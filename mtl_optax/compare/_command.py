@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
         f"error: mtl-compare needs {error.name}: pip install 'mtl-optax[compare]'"
     ) from None
 
+from mtl_optax.compare import _plots as plots
 from mtl_optax.compare._comparison import SHORTLIST, Comparison, settings_of
 from mtl_optax.compare._diagnosis import Diagnosis
 from mtl_optax.compare._live import shown
@@ -34,6 +35,7 @@ from mtl_optax.compare._problem import Problem
 from mtl_optax.compare._run import compared
 
 DEFAULT_OUT = Path("results/compare")
+TOGETHER = "side_by_side.png"
 WIDTH = 140  # of the table in a log file
 INTERRUPTED = 130
 
@@ -47,7 +49,7 @@ class Options:
     without arguments that returns one. Several are compared one after the other."""
     out: Path | None = None
     """Folder to write to: results/compare/PROBLEM, or the folder of --from; of several problems
-    each gets a folder of its name in it."""
+    each gets a folder of its name in it, beside a picture of all."""
     strategies: tuple[str, ...] = SHORTLIST
     """Strategies of the catalog, or all of them; by default a shortlist of every kind."""
     seeds: int = 5
@@ -130,6 +132,9 @@ def _run(options: Options, argv: list[str], console: Console) -> None:
     if len(found) > 1:
         for title, comparison in found.items():
             console.print(Text(f"{title}: {comparison.answer}"))
+        picture = (options.out or DEFAULT_OUT) / TOGETHER
+        picture.write_bytes(plots.draw_together([c.results for c in found.values()]))
+        console.print(Text(f"side by side: {picture}"))
 
 
 def _diagnosed(problem: Problem, options: Options) -> Diagnosis:

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -28,25 +28,50 @@ def draw(results: dict[str, Any]) -> dict[str, bytes]:
         "cosines": curves.cosines,
         "weights": curves.weights,
     }
-    drawn = {}
+    drawn = {name: _png(picture, results) for name, picture in pictures.items()}
+    return {name: content for name, content in drawn.items() if content is not None}
+
+
+def draw_together(several: Sequence[dict[str, Any]]) -> bytes:
+    """The gains of several comparisons side by side, as a PNG."""
+    content = _png(gains, *several)
+    assert content is not None
+    return content
+
+
+def _png(picture: Callable[..., Figure | None], *results: dict[str, Any]) -> bytes | None:
     # A name may have letters that no font has; they are drawn as boxes.
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        for name, picture in pictures.items():
-            figure = picture(results)
-            if figure is not None:
-                content = io.BytesIO()
-                figure.savefig(content, format="png")
-                drawn[name] = content.getvalue()
-    return drawn
+        figure = picture(*results)
+        if figure is None:
+            return None
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        return content.getvalue()
 
 
-def gains(results: dict[str, Any]) -> Figure:
-    """How much better than equal weights each strategy is, with its interval."""
-    equal = EQUAL_WEIGHTS
-    lines = [r for r in summary.rows(results) if r.name not in (equal, summary.SINGLE_TASK)]
-    figure, axis = subplots(figsize=(7.6, 1.3 + 0.27 * len(lines)))
-    ends = []
+def gains(*several: dict[str, Any]) -> Figure:
+    """How much better than equal weights each strategy is, with its interval: a panel a problem."""
+    counts = [len(_compared(results)) for results in several]
+    size = (7.6, 1.3 + 0.27 * max(counts))
+    if len(several) > 1:
+        size = (5.2 * len(several), size[1] + 0.3)
+    figure, axes = subplots(1, len(several), squeeze=False, figsize=size)
+    for axis, results in zip(axes[0], several, strict=True):
+        _gains_of(axis, results)
+        if len(several) > 1:
+            axis.set_title(plain(results["problem"]["title"]))
+    return figure
+
+
+def _compared(results: dict[str, Any]) -> list[summary.Row]:
+    others = (EQUAL_WEIGHTS, summary.SINGLE_TASK)
+    return [row for row in summary.rows(results) if row.name not in others]
+
+
+def _gains_of(axis: Any, results: dict[str, Any]) -> None:
+    lines, ends = _compared(results), []
     for height, row in zip(range(len(lines))[::-1], lines, strict=True):
         arrow = row.verdicts.get(summary.EQUAL, "")
         colour = {"↑": UP, "↓": DOWN}.get(arrow, LEVEL)
@@ -63,7 +88,6 @@ def gains(results: dict[str, Any]) -> Figure:
     axis.set_ylim(-0.7, len(lines) - 0.3)
     seeds = results["settings"]["seeds"]
     axis.set_xlabel(f"points of Δm better than equal weights, 95 % interval of {seeds} seeds")
-    return figure
 
 
 def metrics(results: dict[str, Any]) -> Figure:
