@@ -2,7 +2,7 @@
 
 Every step of a workload is timed in turns with all others, ours and TorchJD's, in one process; each
 ratio is the median over the rounds. A second plain step takes its turns as well: where the two
-differ by more than 3 %, the machine is too busy for the results to be written.
+differ by more than 3 %, the machine is too busy and the workload is left out.
 `python -m benchmarks.cost_report` draws them.
 """
 
@@ -69,13 +69,14 @@ class Options:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """The results of every workload, ready for JSON."""
     peer = timing.load_peer() if options.peers else None
-    return {
-        "settings": dataclasses.asdict(options),
-        "workloads": {name: _measure(name, options, peer, console) for name in options.workloads},
-    }
+    found = {name: _measure(name, options, peer, console) for name in options.workloads}
+    workloads = {name: measured for name, measured in found.items() if measured is not None}
+    if not workloads:
+        raise SystemExit("nothing was measured that could be trusted: nothing is written")
+    return {"settings": dataclasses.asdict(options), "workloads": workloads}
 
 
-def _measure(name: str, options: Options, peer: Any, console: Console) -> dict[str, Any]:
+def _measure(name: str, options: Options, peer: Any, console: Console) -> dict[str, Any] | None:
     workload = WORKLOADS[name]()
     names = options.rows or [n for n in WAYS if name == ONLY_AT or n not in ONLY_THERE]
     programs = {
@@ -114,11 +115,12 @@ def _measure(name: str, options: Options, peer: Any, console: Console) -> dict[s
             rows[label]["temp_bytes"] = program.temp_bytes
     off = rows[f"{OURS}: {CONTROL}"]["ratio"] - 1
     if abs(off) > OFF and not options.busy:
-        raise SystemExit(
-            f"{name}: one plain step took {100 * off:+.0f} % of another, which is the same, so no "
-            "ratio could be trusted and nothing is written. Run again when the machine is idle, "
-            "or with more --rounds; --busy writes whatever comes"
+        console.print(
+            f"{name}: left out, one plain step took {100 * off:+.1f} % longer than another, which "
+            "is the same: no ratio could be trusted. Run again when the machine is idle, or with "
+            "more --rounds; --busy keeps whatever comes"
         )
+        return None
     return {
         "num_tasks": workload.num_tasks,
         "parameters": workload.num_params,

@@ -25,6 +25,7 @@ from mtl_optax.compare import (
     _command as command,
     _comparison as front,
     _diagnosis as diagnosis,
+    _plots as plots,
     _run as run,
     _selection as selection,
     _setup as setups,
@@ -117,6 +118,15 @@ def setup():
 
 
 # A comparison, from start to report
+
+
+def test_comparisons_stand_side_by_side(results):
+    widths = []
+    for several in ([results], [results, results]):
+        content = plots.draw_together(several)
+        assert content.startswith(b"\x89PNG")
+        widths.append(int.from_bytes(content[16:20], "big"))
+    assert widths[1] > widths[0]
 
 
 def test_results_hold_every_run(results, seen):

@@ -56,12 +56,13 @@ def gains(*several: dict[str, Any]) -> Figure:
     counts = [len(_compared(results)) for results in several]
     size = (7.6, 1.3 + 0.27 * max(counts))
     if len(several) > 1:
-        size = (5.2 * len(several), size[1] + 0.3)
+        size = (5.2 * len(several), size[1] + 0.5)
     figure, axes = subplots(1, len(several), squeeze=False, figsize=size)
     for axis, results in zip(axes[0], several, strict=True):
         _gains_of(axis, results)
         if len(several) > 1:
             axis.set_title(plain(results["problem"]["title"]))
+            axis.set_xlabel(axis.get_xlabel().replace(", ", "\n"))
     return figure
 
 
