@@ -1,1 +1,1 @@
-"""Comparisons of the strategies on real data: `python -m benchmarks.compare --help`."""
+"""What things cost, and real data as problems for `mtl-compare`."""
