@@ -13,15 +13,17 @@ def explain_calls(namespace: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def _explained(name: str, factory: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(factory)
-
     @functools.wraps(factory)
     def explained(*args: Any, **kwargs: Any) -> Any:
         try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"{name}: {error}. {_usage(name, signature)}") from None
-        return factory(*args, **kwargs)
+            return factory(*args, **kwargs)
+        except TypeError:
+            signature = inspect.signature(factory)
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}. {_usage(name, signature)}") from None
+            raise  # of the factory itself, which was called as it should be
 
     explained.__module__ = "mtl_optax"  # where it is public, and where pickle finds it
     return explained

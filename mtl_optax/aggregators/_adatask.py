@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax.jacobian._rows import per_row
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
@@ -82,7 +83,7 @@ def adatask(
 
         def debiased(moment: jax.Array, beta: float | jax.Array) -> jax.Array:
             mass = -jnp.expm1(count * jnp.log(beta))  # 1 - beta^t, which would cancel near 1
-            return moment / mass.reshape(-1, *[1] * (moment.ndim - 1))
+            return moment / per_row(mass, moment)
 
         steps, new = [], []
         moments = zip(

@@ -8,6 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
+from mtl_optax.jacobian._rows import per_row
 from mtl_optax.links import check_key, check_num_tasks, check_option, link, per_task
 
 
@@ -87,5 +88,5 @@ def _drop(rows: jax.Array, leaks: jax.Array, key: jax.Array) -> jax.Array:
     positive = 0.5 * (1 + divide(jnp.sum(rows, axis=0), size))
     picks_positive = positive > jax.random.uniform(key, rows.shape[1:], rows.dtype)
     kept = jnp.where(picks_positive[None], rows > 0, rows < 0)
-    leaked = rows * leaks.reshape(-1, *[1] * (rows.ndim - 1)).astype(rows.dtype)
+    leaked = rows * per_row(leaks, rows).astype(rows.dtype)
     return jnp.sum(jnp.where(kept, rows, leaked), axis=0)

@@ -8,6 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide, wide
 from mtl_optax.aggregators._conflict_free import conflict_free
+from mtl_optax.jacobian._rows import per_row
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
@@ -116,7 +117,7 @@ def _cycle_tasks(num_tasks, b1):
         products = jnp.where(turn & good, b1 * state.decay_products, state.decay_products)
         seen = 1 - products
         rows = [
-            divide(m, seen.reshape(-1, *[1] * (m.ndim - 1)), m).astype(g.dtype)
+            divide(m, per_row(seen, m), m).astype(g.dtype)
             for m, g in zip(averages, newest, strict=True)
         ]
         count = jnp.asarray(optax.safe_increment(state.count))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax.jacobian._rows import per_row
 from mtl_optax.links import check_num_tasks, link
 
 
@@ -62,8 +63,7 @@ def trimmed_mean(
 def _middle(rows: jax.Array, present: jax.Array, trim: int) -> jax.Array:
     num_present = jnp.sum(present)
     b = jnp.minimum(trim, (num_present - 1) // 2)
-    column = lambda x: x.reshape(-1, *[1] * (rows.ndim - 1))  # noqa: E731
     # Absent ones last, among the NaN.
-    ordered = jnp.sort(jnp.where(column(present), rows, jnp.nan), axis=0)
-    rank = column(jnp.arange(len(rows)))
+    ordered = jnp.sort(jnp.where(per_row(present, rows), rows, jnp.nan), axis=0)
+    rank = per_row(jnp.arange(len(rows)), rows)
     return jnp.mean(ordered, axis=0, where=(rank >= b) & (rank < num_present - b))

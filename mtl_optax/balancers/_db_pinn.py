@@ -1,6 +1,5 @@
 """DB-PINN: balance equation against conditions, and the conditions among themselves."""
 
-import functools
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide, power_of_two
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.jacobian._rows import scale_rows
+from mtl_optax.jacobian._rows import magnitudes, per_row, scale_rows
 from mtl_optax.links import check_choice, check_num_tasks, link, task_position
 from mtl_optax.states import PerTask
 
@@ -110,27 +109,21 @@ def scale_by_db_pinn(
 
 def _sizes(jacobian: Jacobian, statistic: str) -> tuple[jax.Array, jax.Array]:
     """What stands above and below the line of the ratio, `(K,)` float32 both."""
-    rows = [row.astype(jnp.float32) for row in jacobian.measured_rows()]
+    rows = jacobian.measured_rows()
+    largest, mean_size = magnitudes(rows, jacobian.num_tasks)
+    if statistic == "mean":
+        return largest, mean_size
     size = max(sum(row[0].size for row in rows), 1)
-    zeros = jnp.zeros(jacobian.num_tasks, jnp.float32)
-    axes = [tuple(range(1, row.ndim)) for row in rows]
 
     def mean(fn):
-        parts = [jnp.sum(fn(row), axis=a) for row, a in zip(rows, axes, strict=True)]
-        return sum(parts, zeros) / size
+        parts = [jnp.sum(fn(row), axis=tuple(range(1, row.ndim))) for row in rows]
+        return sum(parts, jnp.zeros_like(largest)) / size
 
-    largest = functools.reduce(
-        jnp.maximum,
-        [jnp.max(jnp.abs(row), axis=a, initial=0) for row, a in zip(rows, axes, strict=True)],
-        zeros,
-    )
-    if statistic == "mean":
-        return largest, mean(jnp.abs)
     # Powers of entries may overflow.
     unit = power_of_two(largest)
-    rows = [scale_rows(row, 1 / unit) for row in rows]
+    rows = [scale_rows(row.astype(jnp.float32), 1 / unit) for row in rows]
     middle = mean(lambda row: row)
-    rows = [row - middle.reshape(-1, *[1] * (row.ndim - 1)) for row in rows]
+    rows = [row - per_row(middle, row) for row in rows]
     variance = mean(lambda row: row**2) * (size / max(size - 1, 1))
     spread = unit * jnp.sqrt(variance)
     if statistic == "kurtosis":

@@ -10,6 +10,7 @@ import optax
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
+from mtl_optax.jacobian._rows import per_row
 from mtl_optax.links import check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
@@ -187,7 +188,7 @@ def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Arra
         return jnp.max(jnp.abs(row), axis=tuple(range(1, row.ndim)), initial=0)
 
     def over(row, by):
-        return jnp.where(_like(usable, row), row / _like(jnp.where(usable, by, 1), row), 0)
+        return jnp.where(per_row(usable, row), row / per_row(jnp.where(usable, by, 1), row), 0)
 
     rows = [row.astype(jnp.float32) for row in rows]
     top = functools.reduce(jnp.maximum, map(largest, rows))
@@ -195,7 +196,3 @@ def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Arra
     rows = [over(row, top) for row in rows]
     norms = jnp.sqrt(sum(jnp.sum(row**2, axis=tuple(range(1, row.ndim))) for row in rows))
     return [over(row, norms) for row in rows], usable
-
-
-def _like(values: jax.Array, row: jax.Array) -> jax.Array:
-    return values.reshape(-1, *[1] * (row.ndim - 1))

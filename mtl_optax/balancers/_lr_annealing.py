@@ -8,6 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
+from mtl_optax.jacobian._rows import magnitudes
 from mtl_optax.links import check_num_tasks, check_option, link, task_position
 from mtl_optax.states import PerTask
 
@@ -93,16 +94,8 @@ def scale_by_lr_annealing(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         position = task_position("reference", reference, jacobian.names)
-        largest = jnp.zeros(num_tasks, jnp.float32)
-        total, size = jnp.zeros(num_tasks, jnp.float32), 0
-        for rows in jacobian.measured_rows():
-            entries, axes = jnp.abs(rows.astype(jnp.float32)), tuple(range(1, rows.ndim))
-            largest = jnp.maximum(largest, jnp.max(entries, axis=axes, initial=0))
-            part = max(rows[0].size, 1) if layerwise else 1
-            total += jnp.sum(entries, axis=axes) / part
-            size += min(rows[0].size, 1) if layerwise else rows[0].size
-        mean = state.weights * (total / max(size, 1))
-        ratio = divide(largest[position], mean, jnp.nan)
+        largest, mean = magnitudes(jacobian.measured_rows(), num_tasks, layerwise=layerwise)
+        ratio = divide(largest[position], state.weights * mean, jnp.nan)
         weights = decay * state.weights + (1 - decay) * ratio
         weights = jnp.where((ratio > 0) & jnp.isfinite(ratio), weights, state.weights)
         weights = jnp.where(jnp.arange(num_tasks) == position, 1, weights).astype(jnp.float32)

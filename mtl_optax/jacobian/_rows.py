@@ -46,10 +46,35 @@ def if_finite(
     return jax.lax.cond(all_finite, lambda: leaves, otherwise)
 
 
+def per_row(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """One value a row, in a shape that broadcasts over the rows of a leaf."""
+    return values.reshape(-1, *[1] * (rows.ndim - 1))
+
+
 def scale_rows(rows: jax.Array, scales: jax.Array) -> jax.Array:
     """diag(s) rows, of one leaf, in their dtype."""
-    scales = scales.reshape(-1, *[1] * (rows.ndim - 1))
-    return (rows.astype(wide(rows.dtype)) * scales).astype(rows.dtype)
+    return (rows.astype(wide(rows.dtype)) * per_row(scales, rows)).astype(rows.dtype)
+
+
+def magnitudes(
+    rows: Sequence[jax.Array], num_tasks: int, *, layerwise: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The largest and the mean of the entries' absolute values in each row, `(K,)` float32.
+
+    Args:
+      rows: a leaf each.
+      num_tasks: K, also where there are no leaves.
+      layerwise: whether the mean is that of the leaves' means, not that of all entries.
+    """
+    largest = total = jnp.zeros(num_tasks, jnp.float32)
+    size = 0
+    for row in rows:
+        entries, axes = jnp.abs(row.astype(jnp.float32)), tuple(range(1, row.ndim))
+        largest = jnp.maximum(largest, jnp.max(entries, axis=axes, initial=0))
+        part = max(row[0].size, 1) if layerwise else 1
+        total += jnp.sum(entries, axis=axes) / part
+        size += min(row[0].size, 1) if layerwise else row[0].size
+    return largest, total / max(size, 1)
 
 
 def row_norms(rows: jax.Array) -> jax.Array:
@@ -61,7 +86,7 @@ def row_norms(rows: jax.Array) -> jax.Array:
 
 def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
     """The rows of some tasks, the others 0 even if they were NaN."""
-    return jnp.where(tasks.reshape(-1, *[1] * (rows.ndim - 1)), rows, 0)
+    return jnp.where(per_row(tasks, rows), rows, 0)
 
 
 def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
@@ -134,7 +159,7 @@ def mixed_products(rows: Sequence[jax.Array], mixing: jax.Array, units: jax.Arra
     """
     total = jnp.zeros_like(mixing)
     for row in rows:
-        units_of = jnp.where(units > 0, units, 1).reshape(-1, *[1] * (row.ndim - 1))
+        units_of = per_row(jnp.where(units > 0, units, 1), row)
         mixed = jnp.tensordot(
             mixing, row.astype(mixing.dtype) / units_of, 1, precision=jax.lax.Precision.HIGHEST
         )
@@ -154,7 +179,7 @@ def _unit_rows(rows: Sequence[jax.Array], dtype: Any) -> tuple[list[jax.Array], 
         largest = jnp.maximum(largest, jnp.max(jnp.abs(row), range(1, row.ndim), initial=0))
     largest = over_shards(jax.lax.pmax, largest)
     divisor = power_of_two(largest)
-    units = [row / divisor.reshape(-1, *[1] * (row.ndim - 1)) for row in rows]
+    units = [row / per_row(divisor, row) for row in rows]
     return units, jnp.where(largest == 0, 0, divisor)
 
 
