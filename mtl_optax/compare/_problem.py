@@ -65,6 +65,9 @@ class Problem:
         be anything, NaN too.
       kpis: `kpis(params, batch)`, how well each task does, in [0, 1], like the losses; only `dtp`
         needs it.
+      stateful: whether there is state beside the parameters, such as batch statistics or a random
+        key outside of nnx: `init` then returns `(params, state)`, `loss_fn(params, state, batch)`
+        returns `(losses, state)`, and `metrics` and `kpis` take both as well.
       options: options of strategies, by name: `{"uncertainty": {"kind": ...}}`.
       jac: options of `mtl.value_and_jac`, such as `in_axes=` for tasks along an axis.
       last_shared: where `gradnorm` measures gradients, as `gramian_at=` of `mtl.value_and_jac`.
@@ -77,7 +80,7 @@ class Problem:
     train: Any
     validation: Any
     test: Any
-    metrics: Callable[[Any, Any], Mapping[str, Any]]
+    metrics: Callable[..., Mapping[str, Any]]
     _: dataclasses.KW_ONLY
     higher_is_better: bool | Mapping[str, bool] = True
     unit: str | Mapping[str, str] = ""
@@ -86,7 +89,8 @@ class Problem:
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     optimizer: Callable[[jax.Array, int], optax.GradientTransformation] = adam
     present: Callable[[Any], Any] | None = None
-    kpis: Callable[[Any, Any], Any] | None = None
+    kpis: Callable[..., Any] | None = None
+    stateful: bool = False
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     jac: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     last_shared: Any = None

@@ -27,7 +27,7 @@ class Setup:
 
     Attributes:
       params: the initial parameters, with a leading axis of seeds.
-      rest: what a module carries beside them, likewise.
+      rest: the state beside them, of a module or a `stateful` problem, likewise.
       names: the tasks, in the order of their losses.
       pairs: all pairs of their positions.
       metric_names: the metrics.
@@ -43,8 +43,18 @@ class Setup:
         if isinstance(models[0], nnx.Module):
             self._graphdef = nnx.graphdef(models[0])
             models = [nnx.state(m, nnx.Param, ...) for m in models]
-        else:
+        elif problem.stateful and not (isinstance(models[0], tuple) and len(models[0]) == 2):
+            raise ValueError(
+                f"stateful is True, but init returns a {type(models[0]).__name__}, expected the "
+                "pair (params, state)"
+            )
+        elif not problem.stateful:
             models = [(model, ()) for model in models]
+        if "in_axes" in problem.jac and jax.tree.leaves(models[0][1]):
+            raise ValueError(
+                "in_axes of Problem.jac maps a loss function of parameters alone, but there is "
+                "state beside them: leave out what updates it, such as batch statistics"
+            )
         self.params, self.rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
         one = self.one_seed(0)
         shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
@@ -55,9 +65,15 @@ class Setup:
         self._traced = self._can_be_traced(*one)
         if self._traced:
             self._validation, self._test = jax.device_put((problem.validation, problem.test))
-        measure = lambda: dict(problem.metrics(self.model(*one), self._validation))  # noqa: E731
+        self.metric_names: list[str] = []
+
+        def measure() -> dict[str, Any]:
+            found = dict(problem.metrics(*self.given(*one), self._validation))
+            # Here, since what comes out of a trace is sorted by name.
+            self.metric_names = list(found)
+            return found
+
         found = jax.eval_shape(measure) if self._traced else measure()
-        self.metric_names = list(found)
         check_names("metric", self.metric_names)
         if not found:
             raise ValueError("metrics returns an empty dict, expected at least one metric")
@@ -76,24 +92,26 @@ class Setup:
         self._measure = _mapped(self._both)
 
     def one_seed(self, seed: int) -> tuple[Any, Any]:
-        """The initial parameters of a seed, and what a module carries beside them."""
+        """The initial parameters of a seed, and the state beside them."""
         return jax.tree.map(lambda leaf: leaf[seed], (self.params, self.rest))
 
-    def model(self, params: Any, rest: Any) -> Any:
-        """What the user's functions take."""
-        if self._graphdef is None:
-            return params
-        return nnx.merge(self._graphdef, params, rest, copy=True)
+    def given(self, params: Any, rest: Any) -> tuple[Any, ...]:
+        """What the user's functions take before the batch or split."""
+        if self._graphdef is not None:
+            return (nnx.merge(self._graphdef, params, rest, copy=True),)
+        return (params, rest) if self.problem.stateful else (params,)
 
     def losses(self, params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         """The losses and the new rest."""
-        model = self.model(params, rest)
+        given = self.given(params, rest)
         loss_fn, in_axes = self.problem.loss_fn, self.problem.jac.get("in_axes")
         if in_axes is not None:
             loss_fn = jax.vmap(loss_fn, in_axes=in_axes)
-        losses = loss_fn(model, batch)
-        if self._graphdef is not None:
-            rest = nnx.state(model, nnx.Not(nnx.Param))
+        losses = loss_fn(*given, batch)
+        if self.problem.stateful:
+            losses, rest = losses
+        elif self._graphdef is not None:
+            rest = nnx.state(given[0], nnx.Not(nnx.Param))
         return losses, rest
 
     def linearize(self, params: Any, rest: Any, batch: Any, **options: Any) -> tuple[Any, ...]:
@@ -101,7 +119,7 @@ class Setup:
         options = {**self.problem.jac, **options}
         if options.get("in_axes") is not None:
             losses, jac = mtl.value_and_jac(self.problem.loss_fn, **options)(
-                self.model(params, rest), batch
+                *self.given(params, rest), batch
             )
         else:
             (losses, rest), jac = mtl.value_and_jac(
@@ -130,9 +148,9 @@ class Setup:
             return self._measure(params, rest, self._validation, self._test)
         values = np.empty((2, *shape, len(self.metric_names)))
         for s, c in np.ndindex(*shape):
-            model = self.model(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
+            given = self.given(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
             for i, split in enumerate((self._validation, self._test)):
-                found = self.problem.metrics(model, split)
+                found = self.problem.metrics(*given, split)
                 values[i, s, c] = [float(found[name]) for name in self.metric_names]
         return values[0], values[1]
 
@@ -146,7 +164,7 @@ class Setup:
             losses, _, jac = self.linearize(params, rest, batch)
             grads = jac.pullback(jnp.ones(len(self.names)))
             tx = self.problem.optimizer(jnp.float32(1.0), self.settings.steps)
-            kpis = self.problem.kpis and self.problem.kpis(self.model(params, rest), batch)
+            kpis = self.problem.kpis and self.problem.kpis(*self.given(params, rest), batch)
             return losses, tx.update(grads, tx.init(params), params)[0], self.present(batch), kpis
 
         data = (source.data, source.first, self.params, self.rest, self._validation, self._test)
@@ -170,7 +188,7 @@ class Setup:
         return True
 
     def _metrics(self, params: Any, rest: Any, split: Any) -> jax.Array:
-        found = self.problem.metrics(self.model(params, rest), split)
+        found = self.problem.metrics(*self.given(params, rest), split)
         return jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])
 
     def _both(self, params: Any, rest: Any, validation: Any, test: Any) -> Any:

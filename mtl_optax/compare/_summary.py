@@ -1,6 +1,7 @@
 """From results to the numbers that the table, the plots and the report all show."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -268,7 +269,7 @@ def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
     return [(place, cells) for place, cells in table if any(cells[1:])]
 
 
-def fitting(results: dict[str, Any], width: int) -> list[list[str]]:
+def fitting(results: dict[str, Any], width: float) -> list[list[str]]:
     """The most important columns that fit side by side, with no cell broken into lines."""
     every = columns(results)
 
@@ -298,9 +299,9 @@ def text(results: dict[str, Any], width: int = 80) -> str:
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any], width: float = math.inf) -> str:
     """The table for a page."""
-    header, *body = zip(*[cells for _, cells in columns(results)], strict=True)
+    header, *body = zip(*fitting(results, width), strict=True)
     header = [cell.replace("\n", " ") for cell in header]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *body)]
     rule = [":--", *["--:"] * (len(header) - 1)]

@@ -162,7 +162,7 @@ def build(setup: Setup, name: str, configs: Config) -> Program:
         if problem.present is not None:
             extra["present"] = present
         if problem.kpis is not None and name == "dtp":
-            extra["kpis"] = problem.kpis(setup.model(state.params, state.rest), batch)
+            extra["kpis"] = problem.kpis(*setup.given(state.params, state.rest), batch)
         seen = jnp.where(present, sum(losses) / len(losses), jnp.nan)
         return seen, rest, tuple(jacs) if several else jacs[0], extra
 

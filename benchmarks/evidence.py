@@ -1,0 +1,163 @@
+"""The comparisons of docs/results.md: runs them, and writes their tables into the page.
+
+`python -m benchmarks.evidence qm9 yeast` runs two of them, each by the command that stands beside
+its table, and keeps the numbers in benchmarks/results/compare. Without names, and after each run,
+the page is filled from what is there.
+"""
+
+import dataclasses
+import shlex
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from benchmarks import tables, timing
+from benchmarks.tables import Cells
+from mtl_optax.compare import _command as command, _summary as summary
+from mtl_optax.compare._comparison import RESULTS, Comparison
+from mtl_optax.compare._selection import EQUAL_WEIGHTS
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+OUT = Path("results/compare")
+KEPT = timing.RESULTS / "compare"
+WIDTH = 150  # characters of a table
+# Of every kind, and cheap enough for all problems: what the closing table compares.
+CORE = ("uncertainty", "scale_invariant", "famo", "dwa", "imtl", "upgrad", "pcgrad")
+LAST = 0.2  # the share of a training in which its metric should hardly move
+
+
+class Run(NamedTuple):
+    """One comparison: where its problem is, and what the command takes beside it."""
+
+    target: str
+    strategies: tuple[str, ...] = CORE
+    settings: str = "--candidates 8"
+
+
+RUNS = {
+    "helmholtz_paper": Run(
+        "benchmarks.published:helmholtz",
+        ("lr_annealing", "grad_norm_weights", "uncertainty", "conflict_free", "relobralo"),
+        "--steps 10000 --candidates 2",
+    ),
+    "helmholtz": Run(
+        "benchmarks.data:helmholtz",
+        (*CORE, "lr_annealing", "grad_norm_weights", "conflict_free", "relobralo"),
+        "--candidates 4",
+    ),
+    "burgers": Run(
+        "benchmarks.data:burgers",
+        (*CORE, "lr_annealing", "grad_norm_weights", "conflict_free", "relobralo"),
+        "--candidates 4",
+    ),
+    "census": Run(
+        "benchmarks.published:census", ("uncertainty", "scale_invariant", "famo", "upgrad"),
+        "--candidates 2",
+    ),
+    "census_mmoe": Run("benchmarks.published:census_mmoe", ("uncertainty",), "--candidates 1"),
+    "census_ple": Run("benchmarks.published:census_ple", ("uncertainty",), "--candidates 1"),
+    "iwrm_mnist": Run(
+        "benchmarks.published:iwrm_mnist", ("upgrad", "mgda", "pcgrad"),
+        "--candidates 1 --checkpoints 8",
+    ),
+    "iwrm_fashion": Run(
+        "benchmarks.published:iwrm_fashion", ("upgrad", "mgda", "pcgrad"),
+        "--candidates 1",
+    ),
+    "movielens": Run("benchmarks.data:movielens", (*CORE, "db_mtl", "conflict_free")),
+    "environments": Run("benchmarks.published:environments"),
+    "qm9_raw": Run("benchmarks.data:qm9"),
+    "qm9": Run("benchmarks.published:qm9"),
+    "yeast": Run("benchmarks.data:yeast", (*CORE, "uwso")),
+    "multimnist": Run("benchmarks.data:multimnist", (*CORE, "mgda", "gradnorm")),
+    "mnist_fashion": Run("benchmarks.data:mnist_fashion", (*CORE, "mgda", "gradnorm")),
+    "gradnorm_toy": Run("benchmarks.data:gradnorm_toy", (*CORE, "gradnorm")),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `python -m benchmarks.evidence` takes."""
+
+    names: Annotated[tuple[Literal[tuple(RUNS)], ...], tyro.conf.Positional] = ()  # pyright: ignore[reportInvalidTypeForm]
+    """What to run, before the page is filled."""
+    out: Path = OUT
+    """Where each run keeps what it needs to go on after an interruption."""
+
+
+def arguments(name: str, out: Path = OUT) -> list[str]:
+    """What `mtl-compare` is given."""
+    run = RUNS[name]
+    strategies = ["--strategies", *run.strategies]
+    return [run.target, *strategies, *run.settings.split(), "--out", str(out / name)]
+
+
+def section(name: str, comparison: Comparison) -> str:
+    """What the page says of a run: its command, the answer, the table, and what stands beside."""
+    results = comparison.results
+    moved = last_change(results)
+    lines = [
+        "```bash\n" + shlex.join(["mtl-compare", *arguments(name)]) + "\n```",
+        f"**{comparison.answer}**",
+        summary.markdown(results, WIDTH),
+        *comparison.notes,
+        f"Under equal weights the validation metrics moved by {moved:+.1f} % in the last fifth of "
+        f"the {results['settings']['steps']:,} steps. {results['problem']['num_parameters']:,} "
+        f"parameters; {results['settings']['seeds']} seeds.",
+    ]
+    return "\n\n".join(lines)
+
+
+def last_change(results: dict[str, Any]) -> float:
+    """By how many percent equal weights' validation metrics got better over the end of training."""
+    equal, problem = results["strategies"][EQUAL_WEIGHTS]["validation"], results["problem"]
+    changes = []
+    for metric in problem["metrics"]:
+        if metric in results["left_out"]:
+            continue
+        curve = np.array(equal[metric], float).mean(axis=0)
+        before = curve[round((1 - LAST) * len(curve)) - 1]
+        sign = 1 if problem["higher_is_better"][metric] else -1
+        changes.append(sign * (curve[-1] - before) / abs(before))
+    return 100 * float(np.mean(changes))
+
+
+def closing(found: dict[str, Comparison]) -> Cells:
+    """Against the best static weights: a row a problem, a column a strategy."""
+    body = []
+    for name, comparison in found.items():
+        lines = {row.name: row for row in summary.rows(comparison.results)}
+        cells = [
+            f"{r.over_tuned.text(signed=True)} {r.verdicts.get(summary.OVER_TUNED, '')}".strip()
+            if (r := lines.get(strategy))
+            else ""
+            for strategy in CORE
+        ]
+        if any(cells):
+            body.append([f"[{name}](#{name.replace('_', '-')})", *cells])
+    return Cells("Points of Δm against tuned static weights", ["problem", *CORE], body)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = tyro.cli(
+        Options, args=argv, prog="python -m benchmarks.evidence", description=__doc__
+    )
+    for name in options.names:
+        command.main(arguments(name, options.out))
+        (KEPT / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(options.out / name / RESULTS, KEPT / name / RESULTS)
+    page = PAGE.read_text(encoding="utf-8")
+    there = [name for name in RUNS if (KEPT / name / RESULTS).is_file()]
+    found = {name: Comparison.load(KEPT / name / RESULTS) for name in there}
+    for name, comparison in found.items():
+        page = tables.fill(page, name, section(name, comparison))
+    page = tables.fill(page, "closing", tables.markdown(closing(found)))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
