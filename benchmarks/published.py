@@ -14,8 +14,10 @@ import optax
 from flax import nnx
 
 from benchmarks import helmholtz as pinn
-from benchmarks.data import census as people, digits, kinds
+from benchmarks.data import digits, kinds
 from benchmarks.data.base import Split, columns, shuffled, standardized
+from benchmarks.data.census import NUMBERS, TASKS, categories, labels_of, rows
+from benchmarks.data.qm9 import qm9 as raw_qm9
 from mtl_optax import models
 from mtl_optax.compare import Draw, Problem
 
@@ -163,12 +165,12 @@ def _census(name: str, structure: Structure) -> Problem:
 
 
 def _census_splits() -> tuple[Split, Split, Split, int]:
-    known, tested = people.rows("train"), people.rows("test")
+    known, tested = rows("train"), rows("test")
     train, validation = shuffled(len(known), len(known) * 9 // 10, len(known) // 10)
     table = [np.array(column) for column in zip(*known, *tested, strict=True)]
-    numbers = np.stack([np.log1p(table[i].astype(np.float32)) for i in people.NUMBERS], axis=1)
+    numbers = np.stack([np.log1p(table[i].astype(np.float32)) for i in NUMBERS], axis=1)
     codes, size = [], 0
-    for i in people.categories(len(table)):
+    for i in categories(len(table)):
         names = np.unique(table[i][train])
         places = np.minimum(np.searchsorted(names, table[i]), len(names) - 1)
         # A name that training has not seen is one of its own.
@@ -178,12 +180,12 @@ def _census_splits() -> tuple[Split, Split, Split, int]:
         "numbers": standardized(numbers, train),
         "categories": np.stack(codes, axis=1).astype(np.int32),
     }
-    labels = columns(people.labels_of(table), people.TASKS)
+    labels = columns(labels_of(table), TASKS)
     everything = Split(inputs, labels)
     test = np.arange(len(known), len(known) + len(tested))
     parts = [
-        jax.tree.map(lambda array, rows=rows: array[rows], everything)
-        for rows in (train, validation, test)
+        jax.tree.map(lambda array, part=part: array[part], everything)
+        for part in (train, validation, test)
     ]
     return parts[0], parts[1], parts[2], size
 
@@ -285,7 +287,7 @@ def environments(*, num_tasks: int = 10, num_states: int = 4_000) -> Problem:
     def explained(params: Any, split: Any) -> dict[str, jax.Array]:
         axes = ({"trunk": None, "heads": 0}, 1)
         costs = jax.vmap(cost, axes)(params, split)
-        still = jax.vmap(lambda part: cost(jax.tree.map(jnp.zeros_like, params), part), 1)(split)
+        still = jax.vmap(cost, axes)(jax.tree.map(jnp.zeros_like, params), split)
         return {str(k): 1 - costs[k] / still[k] for k in range(num_tasks)}
 
     return Problem(
@@ -307,9 +309,7 @@ def environments(*, num_tasks: int = 10, num_states: int = 4_000) -> Problem:
 
 def qm9() -> Problem:
     """QM9 with each target divided by its deviation, as everyone trains it."""
-    from benchmarks.data.qm9 import qm9 as raw
-
-    problem = raw()
+    problem = raw_qm9()
     scales = {name: label.std() for name, label in problem.train.labels.items()}
 
     def standardised(split: Split) -> Split:

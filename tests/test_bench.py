@@ -1,15 +1,18 @@
 """The cost benchmarks end to end at a tiny size."""
 
+import importlib
 import json
 import math
 
 import jax
 import numpy as np
 import pytest
+import tyro
 
 from benchmarks import (
     compile_time,
     cost_report,
+    evidence,
     kernels,
     memory,
     scaling,
@@ -19,6 +22,8 @@ from benchmarks import (
 )
 from benchmarks.steps import EXACT, PLAIN, WAYS
 from benchmarks.workloads import WORKLOADS
+from mtl_optax import STRATEGIES
+from mtl_optax.compare import _command as command
 
 TINY = "tiny-mlp-3"
 
@@ -141,3 +146,18 @@ def test_workloads_start_near_chance(name):
     np.testing.assert_allclose(losses, math.log(workload.heads[1]), rtol=0.5)
     mask = workload.last_shared(workload.params)["trunk"]
     assert mask.index(True) == len(mask) - 2  # before a ReLU
+
+
+@pytest.mark.parametrize("name", evidence.RUNS)
+def test_evidence_is_asked_for_by_commands_that_the_tool_understands(name):
+    options = tyro.cli(command.Options, args=evidence.arguments(name))
+    assert set(options.strategies) <= set(STRATEGIES)
+    module, function = options.problems[0].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_page_holds_what_was_found():
+    page = evidence.PAGE.read_text(encoding="utf-8")
+    for path in evidence.KEPT.glob("*/results.json"):
+        comparison = evidence.Comparison.load(path)
+        assert evidence.section(path.parent.name, comparison) in page

