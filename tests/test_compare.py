@@ -362,6 +362,16 @@ def test_absent_tasks_and_a_metric_of_plain_python():
     assert test[1, 0, 0] == pytest.approx(max(map(float, scores(model, PROBLEM.test).values())))
 
 
+def test_a_metric_keeps_its_name_whatever_their_order():
+    in_another = lambda params, split: dict(reversed(scores(params, split).items()))  # noqa: E731
+    setup = setups.Setup(dataclasses.replace(PROBLEM, metrics=in_another), SETTINGS)
+    state = jax.tree.map(lambda x: x[:, None], setup.params)
+    _, test = setup.evaluate(state, setup.rest)
+    found = scores(jax.tree.map(lambda x: x[1], setup.params), PROBLEM.test)
+    for i, name in enumerate(setup.metric_names):
+        assert test[1, 0, i] == pytest.approx(float(found[name]), rel=1e-4)
+
+
 def test_halves_are_every_other_example():
     one, other = sources.halves({"x": np.arange(6), "scalar": np.float32(3)})
     assert one["x"].tolist() == [0, 2, 4]

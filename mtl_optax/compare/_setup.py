@@ -170,8 +170,9 @@ class Setup:
         return True
 
     def _metrics(self, params: Any, rest: Any, split: Any) -> jax.Array:
-        found = self.problem.metrics(self.model(params, rest), split)
-        return jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])
+        found = dict(self.problem.metrics(self.model(params, rest), split))
+        # In JAX's order of a dict, the sorted one, which is that of `metric_names`.
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in jax.tree.leaves(found)])
 
     def _both(self, params: Any, rest: Any, validation: Any, test: Any) -> Any:
         return self._metrics(params, rest, validation), self._metrics(params, rest, test)
