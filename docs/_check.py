@@ -28,7 +28,7 @@ WIDTHS = (1400, 400)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # What is worth a picture: one page of each kind.
 SHOWN = ("", "guide/", "methods/", "methods/upgrad/", "concepts/", "faq/", "performance/",
-         "notebooks/conflict/", "api/jacobian/", "glossary/")  # fmt: skip
+         "notebooks/conflict/", "gallery/", "api/jacobian/", "glossary/")  # fmt: skip
 # Loads each page at each width in a frame of this page, and sends what it sees.
 INSPECT = """
 <body><script>

@@ -8,7 +8,10 @@ from typing import Any
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 # In the order in which they are shown.
-ORDER = ("quickstart", "conflict", "recommender", "pinn", "own_loop", "many_devices")
+ORDER = (
+    "quickstart", "which_strategy", "conflict", "recommender", "pinn", "own_data", "iwrm", "front",
+    "own_loop", "many_devices",
+)  # fmt: skip
 UNKNOWN = "https://github.com/OWNER/mtl_optax"
 COLAB = re.compile(r"\[!\[Open in Colab\].*?\n+")
 

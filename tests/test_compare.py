@@ -388,6 +388,16 @@ def test_state_beside_the_parameters_is_carried_and_measured():
     jax.tree.map(np.testing.assert_array_equal, *(state.params for state in states))
 
 
+def test_a_metric_keeps_its_name_whatever_their_order():
+    in_another = lambda params, split: dict(reversed(scores(params, split).items()))  # noqa: E731
+    setup = setups.Setup(dataclasses.replace(PROBLEM, metrics=in_another), SETTINGS)
+    state = jax.tree.map(lambda x: x[:, None], setup.params)
+    _, test = setup.evaluate(state, setup.rest)
+    found = scores(jax.tree.map(lambda x: x[1], setup.params), PROBLEM.test)
+    for i, name in enumerate(setup.metric_names):
+        assert test[1, 0, i] == pytest.approx(float(found[name]), rel=1e-4)
+
+
 def test_halves_are_every_other_example():
     one, other = sources.halves({"x": np.arange(6), "scalar": np.float32(3)})
     assert one["x"].tolist() == [0, 2, 4]

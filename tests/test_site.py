@@ -107,6 +107,19 @@ def test_the_check_finds_what_is_wrong(tmp_path):
     assert _check.dead_links(tmp_path) == [": no heading #nowhere", ": no gone/", ": no none.png"]
 
 
+def test_the_gallery_shows_what_there_is_and_where_it_belongs():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    shown = re.findall(
+        r"^- \[!\[[^]]+\]\(([^)]+)\)\]\(([^)]+)\)\n  .*\n  \[.+\]\(\2\)$", text, re.M
+    )
+    assert len(shown) == text.count("![")
+    images = {path for path, _ in shown}
+    folder = ROOT / "docs" / "images"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {f"images/{path.relative_to(folder).as_posix()}" for path in files} <= images
+    assert {path.stem for path in NOTEBOOKS} <= {image.split("/")[1] for image in images}
+
+
 def test_every_method_says_what_it_is_for():
     for name in mtl.STRATEGIES:
         assert _methods.ADVICE[name].purpose in _methods.PURPOSES, name
