@@ -9,6 +9,7 @@ import optax
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian._rows import over_shards
 from mtl_optax.links import check_choice, link
 
 TARGETS = ("mean", "sum")
@@ -103,5 +104,7 @@ def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
     leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32)
-    unit = power_of_two(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves])))
-    return jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves)), unit
+    tops = [over_shards(jax.lax.pmax, jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
+    unit = power_of_two(jnp.max(jnp.stack(tops)))
+    squares = [over_shards(jax.lax.psum, jnp.sum((leaf / unit) ** 2)) for leaf in leaves]
+    return jnp.sqrt(sum(squares)), unit

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.conditioning._base import run
+from mtl_optax.jacobian._rows import on_all_shards
 from mtl_optax.links import receive
 
 
@@ -66,7 +67,7 @@ def skip_nonfinite(
         good = [~(_nonfinite(new) & ~_nonfinite(old)) for new, old in pairs]
         good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
         finite = jnp.all(jnp.isfinite(jacobian.loss_vector()))
-        finite &= jnp.all(jnp.stack([jnp.all(g) for g in good]))
+        finite &= jnp.all(jnp.stack([on_all_shards(jnp.all(g)) for g in good]))
         anyone = jnp.any(jacobian.present)
 
         zeros = jax.tree.map(jnp.zeros_like, update)

@@ -20,7 +20,7 @@ from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_los
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
-from mtl_optax.jacobian._rows import mixed_products, scale_rows, scaled_products
+from mtl_optax.jacobian._rows import all_finite, mixed_products, scale_rows, scaled_products
 from mtl_optax.jacobian.ways import Measurement, Rows, Way
 
 if TYPE_CHECKING:
@@ -354,11 +354,11 @@ class Jacobian:
             return [*shown, *itertools.chain(*others)]
 
         total = seen([heads.mix(ones) for heads in every])
-        none_wrong = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in total]))
+        none_wrong = jnp.all(jnp.stack([all_finite(leaf) for leaf in total]))
 
         def one_by_one():
             rows = seen([heads.rows("isolated") for heads in every])
-            per_leaf = [jnp.all(jnp.isfinite(r), axis=tuple(range(1, r.ndim))) for r in rows]
+            per_leaf = [all_finite(row, tuple(range(1, row.ndim))) for row in rows]
             return jnp.all(jnp.stack(per_leaf), axis=0)
 
         return finite & jax.lax.cond(none_wrong, lambda: jnp.ones_like(finite), one_by_one)
