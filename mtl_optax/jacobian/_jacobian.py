@@ -89,6 +89,11 @@ class Jacobian:
         return self._layout.merge(self._layout.shared, lambda aval: False)
 
     @property
+    def trained(self) -> tuple[bool, ...]:
+        """Which parameters are trained, in the order in which JAX flattens them."""
+        return self._layout.trained
+
+    @property
     def present(self) -> Bool[Array, " K"]:
         """Which tasks take part: `(K,)` bool. The rows and losses of the others are 0."""
         present = self._source.present
