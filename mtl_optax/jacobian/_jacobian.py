@@ -424,7 +424,7 @@ class Jacobian:
         if isinstance(result, Jacobian):
             found = (result, ones) if result._memo is self._memo else None
         else:
-            found = self._how_made(result)
+            found = self.how_made(result)
         if found is None:
             raise ValueError(
                 "the link does not return the rows that it is given, weighed, or their weighted "
@@ -439,7 +439,20 @@ class Jacobian:
 
     def is_combined(self, update: Any) -> bool:
         """Whether it is known to be what `combine` returned, for one that is watched."""
-        return self._how_made(update) is not None
+        return self.how_made(update) is not None
+
+    def how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
+        """The Jacobian and the weights that `combine` made an update of, if that is known."""
+        leaves = jax.tree.leaves(update)
+        for scaled, weights, made in self._memo.updates or []:
+            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
+                return scaled, weights
+        return None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its norms are at hand, for nothing."""
+        return self._memo.known(self._what_is_measured) is not None
 
     # What follows is how, not what.
 
@@ -451,13 +464,6 @@ class Jacobian:
         if self._memo.updates is not None:
             self._memo.updates.append((self, weights, update))
         return update
-
-    def _how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
-        leaves = jax.tree.leaves(update)
-        for scaled, weights, made in self._memo.updates or []:
-            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
-                return scaled, weights
-        return None
 
     def _replace(self, **changes: Any) -> Jacobian:
         now = {
