@@ -15,7 +15,8 @@ def jacobian_of(
 ) -> Callable[[Any], Jacobian]:
     """`params -> Jacobian` of the losses function that is the extra argument `option`.
 
-    Its tasks are those of `like`, and those absent there are absent here.
+    Its tasks are those of `like`, and those absent there are absent here, as frozen parameters are
+    frozen.
     """
     if not callable(losses_fn) or params is None:
         raise TypeError(
@@ -25,8 +26,10 @@ def jacobian_of(
         )
 
     def at(params: Any) -> Jacobian:
-        jacobian = value_and_jac(losses_fn)(params)[1]
-        if jacobian.num_tasks != like.num_tasks:
+        treedef, trained = jax.tree.structure(params), like.trained
+        wrt = None if all(trained) else treedef.unflatten(trained)
+        jacobian = value_and_jac(losses_fn, wrt=wrt)(params)[1]
+        if not _are_alike(jacobian.names, like.names):
             raise ValueError(
                 f"{option} returns the losses {jacobian.names}, expected those of the tasks "
                 f"{like.names}: return all of them, as the loss function does"
@@ -34,6 +37,12 @@ def jacobian_of(
         return jacobian if like.everyone else jacobian.keep(like.present)
 
     return at
+
+
+def _are_alike(names: tuple[str, ...], others: tuple[str, ...]) -> bool:
+    """Whether they name the same tasks; losses of a list or an array are known by their place."""
+    places = tuple(map(str, range(len(others))))
+    return names == others or (len(names) == len(others) and places in (names, others))
 
 
 def trial_step(
@@ -45,11 +54,20 @@ def trial_step(
       `(stepped, slope)`: the parameters, and from the gradient there of a loss to its derivative by
       the weights, `(K,)`. That is -learning_rate J times the gradient: the pullback, forth again.
     """
-    update, push = jax.vjp(lambda w: conform(jacobian.pullback(w), params), weights)
+
+    def trained(tree: Any) -> list[jax.Array]:
+        pairs = zip(jax.tree.leaves(tree), jacobian.trained, strict=True)
+        return [leaf for leaf, is_trained in pairs if is_trained]
+
+    def pull(weights: jax.Array) -> tuple[list[jax.Array], Any]:
+        update = conform(jacobian.pullback(weights), params)
+        return trained(update), update
+
+    pulled, push, update = jax.vjp(pull, weights, has_aux=True)
     stepped = optax.apply_updates(params, optax.tree.scale(-learning_rate, update))
 
     def slope(gradient: Any) -> jax.Array:
-        like = jax.tree.map(lambda g, u: g.astype(u.dtype), gradient, update)
-        return -learning_rate * push(like)[0]
+        pairs = zip(trained(gradient), pulled, strict=True)
+        return -learning_rate * push([g.astype(u.dtype) for g, u in pairs])[0]
 
     return stepped, slope

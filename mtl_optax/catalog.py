@@ -9,6 +9,7 @@ import jax
 import optax
 
 from mtl_optax import aggregators, balancers
+from mtl_optax.links import check_num_tasks
 
 
 class Strategy(NamedTuple):
@@ -54,6 +55,7 @@ class Strategy(NamedTuple):
 
 
 def _fixed(num_tasks: int, *, weights: Any = None) -> optax.GradientTransformationExtraArgs:
+    check_num_tasks(num_tasks)
     return balancers.weights([1.0] * num_tasks if weights is None else weights)
 
 

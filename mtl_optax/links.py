@@ -155,7 +155,7 @@ def presence(given: Jacobian | tuple[Jacobian, ...]) -> tuple[bool, jax.Array]:
 def present_tasks(present: Any, jacobian: Jacobian) -> jax.Array:
     """The extra argument `present=` as `(K,)` bool."""
     for leaf in jax.tree.leaves(present):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
+        if isinstance(leaf, str) or not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             raise TypeError(
                 f"present={present!r}, expected a bool for each of the tasks {jacobian.names}: "
                 "False where the batch has nothing of that task"
@@ -276,9 +276,14 @@ def task_position(option: str, task: int | str, names: tuple[str, ...]) -> int:
     """The position of a task that an option names, or gives by its position."""
     if task in names:
         return names.index(task)
-    if isinstance(task, int) and -len(names) <= task < len(names):
-        return task % len(names)
-    raise ValueError(f"{option}={task!r}, expected one of the tasks {names} or its position")
+    if not isinstance(task, str | bool) and isinstance(task, int | np.integer):
+        place = int(task)
+        if -len(names) <= place < len(names):
+            return place % len(names)
+    raise ValueError(
+        f"{option}={task!r}, expected one of the tasks {names} or its position, a Python int "
+        f'(with optax.inject_hyperparams, name it in static_args=("num_tasks", {option!r}))'
+    )
 
 
 def dealt(values: jax.Array, present: jax.Array) -> jax.Array:
@@ -323,13 +328,18 @@ def running_mean(
     return divide(sums, masses), sums, masses
 
 
-def task_zeros(num_tasks: int, params: Any) -> Any:
-    """State that holds a row a task: zeros `(K, *param.shape)`, at least float32."""
+def check_params(params: Any) -> None:
+    """Raises unless `init` got what a state has the structure of."""
     if not jax.tree.leaves(params):
         raise ValueError(
             "init got no parameters, expected those that are trained: this link keeps a row a "
             "task, shaped as they are, so call tx.init(params)"
         )
+
+
+def task_zeros(num_tasks: int, params: Any) -> Any:
+    """State that holds a row a task: zeros `(K, *param.shape)`, at least float32."""
+    check_params(params)
 
     def zeros(leaf):
         dtype = jnp.promote_types(jnp.float32, jnp.result_type(leaf))

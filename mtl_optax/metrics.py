@@ -175,7 +175,8 @@ def affinity(
 
     The step is of the shared parameters alone, on the same batch. Above 0 task i helps task j,
     below 0 it harms it; the diagonal is what a task does for itself. Average it over the steps of a
-    joint training, and train those tasks together whose columns are high in each other's rows.
+    joint training, and train those tasks together whose columns are high in each other's rows. A
+    loss of exactly 0 has no ratio: its column is 0.
 
     Args:
       loss_fn: `loss_fn(params, *args)` returns the K losses, as for `value_and_jac`.
@@ -212,7 +213,8 @@ def affinity(
         return flatten_losses(loss_fn(stepped, *args))
 
     each = jnp.eye(jacobian.num_tasks, dtype=jacobian.dtype)
-    return 1 - jax.lax.map(losses_after, each) / jacobian.loss_vector()[None, :]
+    after, before = jax.lax.map(losses_after, each), jacobian.loss_vector()[None, :]
+    return jnp.where(before == 0, 0, 1 - after / jnp.where(before == 0, 1, before))
 
 
 def non_dominated(

@@ -31,6 +31,14 @@ STRATEGIES = {
         {"upgrad": mtl.upgrad(K), "mgda": mtl.every(2, mtl.mgda(K))},
         {"first": "upgrad", "second": "mgda"} | dict.fromkeys("abc", "mgda"),
     ),
+    # What looks at entries, or at whether all are finite, on every device at its own.
+    "entries": lambda: optax.chain(
+        mtl.drop_nonfinite_tasks(K),
+        mtl.scale_by_lr_annealing(K, layerwise=True),
+        mtl.scale_by_db_pinn(K, statistic="std"),
+        mtl.match_norm(mtl.excess_mtl(K, step_size=1.0)),
+    ),
+    "guarded": lambda: mtl.skip_nonfinite(mtl.multi_steps(mtl.mgda(K), 1, K)),
 }
 MODES = [
     {"rows": "batched"},
@@ -104,9 +112,10 @@ def train_on_many(strategy, mesh, modes, *, manual=False):
         losses_fn = explicit_losses
     init, step = make_step(strategy, losses_fn, modes)
     begin = lambda params: (params, init(params))  # noqa: E731
-    # Matrices, and what the optimizer keeps in their shape, are split by columns.
+    # Matrices, and what the optimizer or a strategy keeps in their shape, are split by columns.
     specs = jax.tree.map(
-        lambda leaf: P(None, "fsdp") if leaf.ndim == 2 else P(), jax.eval_shape(begin, params)
+        lambda leaf: P(*[None] * (leaf.ndim - 1), "fsdp") if leaf.ndim > 1 else P(),
+        jax.eval_shape(begin, params),
     )
     if manual:
         step = jax.shard_map(
@@ -178,7 +187,15 @@ def runs(two_processes):
     for modes in MODES:
         yield f"both upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False
     # What draws at random an entry draws other numbers for a shard than for the whole.
-    for strategy in ("plain", "uncertainty", "upgrad", "trimmed_mean", "groups"):
+    for strategy in (
+        "plain",
+        "uncertainty",
+        "upgrad",
+        "trimmed_mean",
+        "groups",
+        "entries",
+        "guarded",
+    ):
         yield f"shard_map {strategy}", strategy, LAYOUTS["both"], {}, True
     for modes in ({}, *MODES):
         yield f"explicit upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False

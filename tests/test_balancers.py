@@ -325,6 +325,15 @@ def test_gradnorm_weights_stay_positive_and_sum_to_k():
         np.testing.assert_allclose(jnp.sum(state.weights), 3, rtol=1e-6)
 
 
+def test_gradnorm_outlives_a_norm_whose_square_is_infinite():
+    tx = mtl.scale_by_gradnorm(2)
+    state = tx.init(None)
+    for scale in (1e30, 1.0):
+        rows = jnp.array([[scale, 0.0], [0.0, 1.0]])
+        _, state = tx.update(rows, state, losses=jnp.ones(2))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
 def test_gradnorm_weights_do_not_depend_on_the_unit_of_the_losses():
     matrix = jnp.array([[3.0, 0.0], [0.0, 0.5]])
 

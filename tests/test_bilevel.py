@@ -232,11 +232,20 @@ def test_what_is_missing_is_named():
         tx.update(rows, tx.init(w), losses=losses, validation_fn=lambda w: list(w))
     with pytest.raises(ValueError, match="expected those of the tasks"):
         tx.update(rows, tx.init(w), w, losses=losses, validation_fn=lambda w: [w[0]])
+    _, jac = mtl.value_and_jac(lambda w: {"buy": w[0], "click": w[1]})(w)
+    with pytest.raises(ValueError, match=r"\('a_click', 'buy'\), expected those of .*'click'\)"):
+        tx.update(jac, tx.init(w), w, validation_fn=lambda w: {"a_click": w[1], "buy": w[0]})
+    _, by_place = tx.update(jac, tx.init(w), w, validation_fn=lambda w: [w[0], w[1]])
+    assert np.all(np.isfinite(by_place[0].weights))
     tx = mtl.ldc_mtl(2, num_features=3)
     with pytest.raises(TypeError, match="got no features="):
         tx.update(rows, tx.init(w), w, losses=losses)
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 3\)"):
         tx.update(rows, tx.init(w), w, losses=losses, features=jnp.ones((5, 2)))
+    with pytest.raises(
+        ValueError, match=r"bounds=\[0\.8 0\.2\], expected two numbers in ascending"
+    ):
+        mtl.ldc_mtl(2, bounds=(0.8, 0.2))
 
 
 def test_a_module_and_its_optimizer_rest_between_refreshes():
@@ -292,3 +301,44 @@ def test_the_trial_step_reaches_heads_and_frozen_parameters_stay():
 
     expected = 0.1 - jax.grad(after)(jnp.full(2, 0.1))
     np.testing.assert_allclose(state.weights, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["auto_lambda", "forum", "moml"])
+def test_what_is_frozen_stays_and_has_no_say_whatever_its_type(name):
+    params = {"w": jnp.array([0.5, 1.0]), "target": jnp.array(2.0), "step": jnp.array(3)}
+    wrt = {"w": True, "target": False, "step": False}
+
+    def task_losses(p):
+        return {"a": jnp.sum((p["w"] - p["target"]) ** 2), "b": jnp.sum((p["w"] - 3) ** 2)}
+
+    def of_the_rest(w):
+        return task_losses(params | {"w": w})
+
+    def updated(losses_fn, params, **options):
+        tx = mtl.make(name, 2)
+        _, jac = mtl.value_and_jac(losses_fn, **options)(params)
+        more = {"losses_fn": losses_fn, "validation_fn": losses_fn}
+        return tx.update(jac, tx.init(params), params, **more)[0]
+
+    got, expected = jax.jit(
+        lambda: (updated(task_losses, params, wrt=wrt), updated(of_the_rest, params["w"]))
+    )()
+    np.testing.assert_allclose(got["w"], expected, rtol=1e-6)
+    assert got["target"] == got["step"] == 0
+    assert got["step"].dtype == jnp.int32
+
+
+def test_an_auxiliary_task_that_is_nan_on_the_other_batch_has_no_say():
+    w = jnp.zeros(2)
+
+    def task_losses(w, factor=1.0):
+        return {"main": jnp.sum((w - 1) ** 2), "other": factor * jnp.sum((w - 3) ** 2)}
+
+    tx = mtl.scale_by_auto_lambda(2, primary={"main": 1.0, "other": 0.0})
+    _, jac = mtl.value_and_jac(task_losses)(w)
+    good, bad = (
+        tx.update(jac, tx.init(w), w, validation_fn=lambda w, f=f: task_losses(w, f))[1].weights
+        for f in (1.0, jnp.nan)
+    )
+    assert np.all(good > 0.1)
+    np.testing.assert_allclose(bad, good, rtol=1e-6)

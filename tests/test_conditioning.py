@@ -314,7 +314,23 @@ def test_skip_nonfinite_sees_a_state_that_would_overflow():
     chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
-@pytest.mark.parametrize("wrap", [skip_nonfinite, lambda tx: multi_steps(tx, 1, 3)])
+def test_skip_nonfinite_leaves_a_nan_task_to_what_drops_it_inside():
+    strategy = optax.chain(drop_nonfinite_tasks(3), mtl.mgda(3))
+    tx = skip_nonfinite(optax.chain(strategy, optax.sgd(0.1, momentum=0.9)))
+    step = jax.jit(lambda rows, state, losses: tx.update(rows, state, losses=losses))
+    start = tx.init(MATRIX[0])
+    update, state = step(MATRIX, start, LOSSES.at[1].set(jnp.nan))
+    alone = mtl.mgda(2).update(MATRIX[::2], mtl.mgda(2).init(None), losses=LOSSES[::2])[0]
+    np.testing.assert_allclose(update, -0.1 * alone, rtol=1e-5)
+    assert state.skipped == 0
+    # The momentum stands still where nothing is left.
+    update, after = step(MATRIX, state, jnp.full(3, jnp.nan))
+    np.testing.assert_array_equal(update, 0)
+    assert after.skipped == 1
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize("wrap", [skip_nonfinite, match_norm, lambda tx: multi_steps(tx, 1, 3)])
 def test_a_wrapped_balancer_is_told_that_it_needs_an_aggregator(wrap):
     tx = wrap(mtl.scale_by_dwa(3))
     with pytest.raises(TypeError, match="aggregator"):
@@ -454,6 +470,11 @@ def test_match_norm_leaves_heads_alone_and_zero_zero(problem):
     update, state = tx.update(jnp.zeros((3, 4)), tx.init(None), losses=LOSSES)
     np.testing.assert_array_equal(update, 0)
     assert state.factor == 1
+    # Of the tasks that are left inside.
+    tx = match_norm(optax.chain(drop_nonfinite_tasks(3), mtl.mgda(3)))
+    update, _ = tx.update(MATRIX.at[1].set(jnp.nan), tx.init(None), losses=LOSSES)
+    length = np.linalg.norm((MATRIX[0] + MATRIX[2]) / 2)
+    np.testing.assert_allclose(np.linalg.norm(update), length, rtol=1e-5)
 
 
 def test_a_product_of_weights_beyond_the_range_is_held_and_counted():

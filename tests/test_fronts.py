@@ -133,6 +133,13 @@ def test_moo_svgd_draws_and_pushes_past_a_broken_model():
     assert_allclose(update[:4], 4 / 5 * moo_svgd_by_hand(x, h, 0.7), rtol=1e-4, atol=1e-4)
     assert_allclose(state.bandwidth, h, rtol=1e-5)
 
+    def steep(x):  # at 0 the losses are finite and a gradient is not
+        return curved(x) | {"a": curved(x)["a"] + 0 * jnp.sqrt(jnp.sum(x**2))}
+
+    five = five.at[4].set(0)
+    update, _ = updated(moo_svgd(2, repulsion=0.7), steep, five)
+    assert_allclose(update[:4], 4 / 5 * moo_svgd_by_hand(x, h, 0.7), rtol=1e-4, atol=1e-4)
+
 
 def test_sets_follow_the_unit_of_the_losses():
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
@@ -175,6 +182,8 @@ def test_interpolated_members_learn_every_trade_off():
     members, _ = jax.jit(lambda m: jax.lax.scan(step, m, keys))(jnp.ones((2, 3)))
     # The Pareto set is the segment between the two targets: θ(p) is best where the members are.
     assert_allclose(members, target, atol=1e-3)
+    waves = mtl.fronts.interpolate(jnp.array([[1 + 1j], [3 - 1j]]), jnp.array([0.5, 0.5]))
+    assert_allclose(waves, [2.0 + 0j])
 
 
 def test_ordering_penalty_by_hand():
@@ -192,6 +201,8 @@ def test_the_preference_stands_behind_each_input():
     joined = mtl.fronts.with_preference(x, each)
     assert (joined.shape, joined.dtype) == ((2, 3, 6), jnp.bfloat16)
     assert_allclose(joined[..., 4:], each, rtol=1e-2)
+    counts = mtl.fronts.with_preference(jnp.array([3, 1]), jnp.array([0.25, 0.75]))
+    assert counts.tolist() == [3.0, 1.0, 0.25, 0.75]
 
 
 def test_mistakes_say_what_to_do():

@@ -636,6 +636,25 @@ def test_match_norm_makes_no_step_of_what_rounding_leaves(name, dtype):
                     np.testing.assert_allclose(*norms, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "link",
+    [
+        lambda: mtl.gradvac(2, key=jax.random.key(0)),
+        lambda: mtl.encodec(2),
+        lambda: optax.chain(mtl.monitor_tasks(2), mtl.weights([0.3, 1.0])),
+    ],
+)
+def test_match_norm_sees_rows_cancel_wherever_the_gramian_is_known(link):
+    gradient = np.random.default_rng(5).normal(size=7).astype(np.float32)
+    tx = mtl.match_norm(link())
+    rows = jnp.stack([gradient, -0.3 * gradient])
+    update, state = tx.update(rows, tx.init(rows[0]), rows[0], losses=jnp.ones(2))
+    np.testing.assert_array_equal(update, 0)
+    assert state.factor == 0 or not np.any(tx.update(rows, state, rows[0], losses=jnp.ones(2))[0])
+    update, _ = tx.update(rows.at[0, 0].add(1.0), state, rows[0], losses=jnp.ones(2))
+    assert np.any(update != 0)
+
+
 def test_match_norm_keeps_what_an_unsolvable_program_falls_back_to():
     gradient = np.random.default_rng(6).normal(size=7).astype(np.float32)
     tx = mtl.match_norm(mtl.imtl_g(2))

@@ -189,6 +189,8 @@ def test_every_in_front_of_other_links_behaves_as_a_balancer():
         np.testing.assert_allclose(update, want, rtol=1e-5)
     with pytest.raises(ValueError, match="num_tasks=K"):
         mtl.every(2, mtl.normalize_tasks()).init(None)
+    with pytest.raises(ValueError, match=r"n=1\.5, expected at least 1 update"):
+        mtl.every(1.5, mtl.mgda(2))
     with pytest.raises(ValueError, match="at least 1 update"):
         mtl.every(0, mtl.mgda(2))
 

@@ -120,6 +120,43 @@ CASES = {
         TypeError,
         ["key=", "jax.random.key(0)"],
     ),
+    "a name in place of who is present": (
+        lambda: update(mtl.dwa(2), jacobian(), present="a"),
+        TypeError,
+        ["present='a'", "expected a bool", "('a', 'b')"],
+    ),
+    "a position that is traced": (
+        lambda: update(
+            optax.inject_hyperparams(mtl.lr_annealing, static_args="num_tasks")(2), jacobian()
+        ),
+        ValueError,
+        ["reference=", "('a', 'b')", 'static_args=("num_tasks", \'reference\')'],
+    ),
+    "a flag in place of a position": (
+        lambda: update(mtl.pcd(2, primary=True), jacobian()),
+        ValueError,
+        ["primary=True", "position"],
+    ),
+    "integer rows": (
+        lambda: update(mtl.mgda(2), jnp.array([[1, 2], [3, 4]]), jnp.ones(2), losses=jnp.ones(2)),
+        TypeError,
+        ["int32", "real floating-point", "cast"],
+    ),
+    "complex rows": (
+        lambda: update(mtl.mgda(2), 1j * jnp.ones((2, 2)), jnp.ones(2), losses=jnp.ones(2)),
+        TypeError,
+        ["complex64", "real", "two parameters"],
+    ),
+    "no parameters": (
+        lambda: mtl.metabalance(2).init(None),
+        ValueError,
+        ["init got no parameters", "tx.init(params)"],
+    ),
+    "a negative number of weights": (
+        lambda: mtl.make("weights", -1),
+        ValueError,
+        ["num_tasks=-1", "at least 1"],
+    ),
     "params of another model": (
         lambda: update(mtl.mgda(2), jacobian(), params={"w": jnp.ones(3), "v": jnp.ones(4)}),
         ValueError,

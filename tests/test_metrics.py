@@ -160,6 +160,8 @@ def test_affinity_of_quadratics_is_a_closed_form():
     after = np.stack([loss(w - eta * a[i] * (w - t[i])) for i in range(3)])
     np.testing.assert_allclose(got, 1 - after / loss(w), rtol=1e-5, atol=1e-6)
     assert np.min(got) < 0 < np.max(got)
+    zero = affinity(lambda w: [w**2, 0 * w], jnp.float32(1.0), learning_rate=0.1)
+    np.testing.assert_allclose(zero, [[1 - 0.8**2, 0], [0, 0]], rtol=1e-5)
 
     with pytest.raises(ValueError, match=r"expected \(N, K\): solutions by their metrics"):
         non_dominated([1.0, 2.0])

@@ -109,11 +109,19 @@ def test_weights_are_constants_and_the_state_goes_through_aux(name):
 def test_broken_and_vanishing_residuals_leave_the_others_alone(name):
     rule, _ = RULES[name]
     state = rule.init(jnp.zeros(3, jnp.bfloat16))
-    for residuals in ([jnp.nan, 1.0, 0.0], [0.0, 0.0, 0.0], [jnp.inf, 2.0, 1e8]):
+    for residuals in (
+        [jnp.nan, 1.0, 0.0],
+        [0.0, 0.0, 0.0],
+        [jnp.inf, 2.0, 1e8],
+        [3e38, 1.0, 1e20],  # whose squares are infinite
+        [1.0, 1.0, 1.0],
+    ):
         weights, state = rule.update(jnp.asarray(residuals, jnp.bfloat16), state)
         assert weights.dtype == jnp.bfloat16
         assert jnp.all(jnp.isfinite(weights)), residuals
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+    with pytest.raises(ValueError, match=r"shapes \(1,\), expected \(3,\), of those that init saw"):
+        rule.update(jnp.ones(1), state)
 
 
 def test_self_adaptive_takes_any_mask_and_start():
@@ -132,6 +140,10 @@ def test_causal_weights_wait_for_what_comes_before():
     chunks = jnp.array([[0.5, 1.0, 0.25], [2.0, jnp.inf, 1.0]])
     got = losses.causal_weights(chunks, tolerance=2.0)
     assert_allclose(got, [[1, np.exp(-1), np.exp(-3)], [1, np.exp(-4), 0]], rtol=1e-6)
+    # Of integers, and where the steps of a narrow type are wider than a loss.
+    assert_allclose(losses.causal_weights([1, 2, 3]), np.exp([0.0, -1.0, -3.0]), rtol=1e-6)
+    narrow = jnp.full(400, 2.0**-7, jnp.bfloat16)
+    assert_allclose(losses.causal_weights(narrow)[-1], np.exp(-399 * 2.0**-7), rtol=2.0**-8)
     # Constants under differentiation.
     slope = jax.grad(lambda c: jnp.sum(losses.causal_weights(c, tolerance=2.0) * c))(chunks[0])
     assert_allclose(slope, got[0], rtol=1e-6)

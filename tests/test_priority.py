@@ -32,6 +32,9 @@ def test_finite_at_the_ends(gamma):
     assert np.isfinite(values).all()
     assert np.isfinite(slopes).all()
     np.testing.assert_allclose(values[1], 0, atol=1e-5)
+    # The largest number below 1 of a narrow type is further from it than the ends are.
+    narrow = ends[1].astype(jnp.bfloat16)
+    assert np.isfinite(jax.grad(lambda k: task_priority(k, gamma))(narrow))
     with pytest.raises(ValueError, match="gamma is -1"):
         task_priority(0.5, -1.0)
 
@@ -48,6 +51,9 @@ def test_indicators_count():
     sigmoids = 1 / (1 + np.exp((abs(errors) - 0.7) / 0.2))
     np.testing.assert_allclose(share_within(errors, 0.7, softness=0.2), sigmoids.mean(), rtol=1e-6)
     assert accuracy(jnp.ones((2, 3), jnp.bfloat16), jnp.zeros(2, int)).dtype == jnp.float32
+    # Votes and differences of counts are integers.
+    assert accuracy(jnp.array([[2, 0], [3, 1]]), jnp.array([0, 1])) == 0.5
+    assert share_within(jnp.array([1, -5]), 2) == 0.5
 
 
 def test_mistakes_are_named():

@@ -439,6 +439,11 @@ def test_several_batches_train_under_jit():
 # Balancers of physics-informed networks and of EnCodec.
 
 
+def test_ntk_traces_of_a_narrow_type_are_sums_of_a_wider_one():
+    traces = ntk_traces(lambda w: {"a": 300 * w, "b": w[:1] / 300})(jnp.ones(3, jnp.float16))
+    np.testing.assert_allclose([traces["a"], traces["b"]], [3 * 300.0**2, 300.0**-2], rtol=2e-3)
+
+
 def test_ntk_traces_are_squared_norms_of_the_residual_jacobian():
     def residuals(params, x):
         u = jnp.tanh(x[:, None] * params["w"][None]) @ params["v"]

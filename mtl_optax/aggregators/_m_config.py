@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide, wide
 from mtl_optax.aggregators._conflict_free import conflict_free
-from mtl_optax.jacobian._rows import per_row
+from mtl_optax.jacobian._rows import all_finite, per_row
 from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
@@ -109,7 +109,7 @@ def _cycle_tasks(num_tasks, b1):
         turn = jnp.arange(num_tasks) == index
         newest = jax.tree.leaves(jacobian.pullback(turn))
         averages, treedef = jax.tree.flatten(state.rows)
-        good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in newest]))
+        good = jnp.all(jnp.stack([all_finite(g) for g in newest]))
         averages = [
             m.at[index].set(jnp.where(good, b1 * m[index] + (1 - b1) * g, m[index]))
             for m, g in zip(averages, newest, strict=True)

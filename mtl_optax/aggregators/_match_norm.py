@@ -8,7 +8,9 @@ import optax
 
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.aggregators._sum import mean_of
+from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian._rows import over_shards
 from mtl_optax.links import check_choice, link
 
 TARGETS = ("mean", "sum")
@@ -31,9 +33,10 @@ def match_norm(
     .. math:: d \to d\, \frac{\|\frac1K \sum_k g_k\|}{\|d\|}
 
     on the shared parameters; heads keep their own gradients. K counts the tasks present. A zero
-    update stays zero, and so does one that is zero up to rounding: where the weights were solved
-    for, at a Pareto-stationary point, the rows cancel, and what is left points anywhere. It costs
-    one more backward pass, or none where the aggregator needs the rows anyway.
+    update stays zero, and so does one that is zero up to rounding: where a link looked at the
+    Gramian, the weights that it finds may cancel the rows, as at a Pareto-stationary point, and
+    what is left points anywhere. It costs one more backward pass, or none where the aggregator
+    needs the rows anyway.
 
     Args:
       aggregator: any strategy: Jacobian in, gradient out.
@@ -43,6 +46,7 @@ def match_norm(
       An aggregator: Jacobian in, gradient out. Update scale: mean or sum, exactly.
 
     Raises:
+      TypeError: by its `update`, if the aggregator returns a Jacobian.
       ValueError: if `to` is neither.
 
     Examples:
@@ -61,18 +65,19 @@ def match_norm(
     def init_fn(params):
         return MatchNormState(jnp.ones([], jnp.float32), inner.init(params))
 
-    def update_fn(jacobian, state, **extra_args):
+    def update_fn(jacobian, state, *, params=None, **extra_args):
         watched = jacobian.watched()
-        update, inner_state = inner.update(watched, state.inner_state, **extra_args)
+        update, inner_state = run(inner, watched, state.inner_state, params, extra_args)
         shared = jax.tree.leaves(jacobian.shared)
-        plain = watched.combine(1.0) if to == "sum" else mean_of(watched)
+        made = watched.how_made(update)
+        # Without those that a link inside has dropped.
+        rows = watched if made is None or made[0].everyone else watched.keep(made[0].present)
+        plain = rows.combine(1.0) if to == "sum" else mean_of(rows)
         (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)
         # In this order nothing leaves the range before the result does.
         factor = jnp.where(length > 0, divide(target, length) * (target_unit / unit), 1)
-        # Those that solve for their weights have `fallbacks`, and the norms at hand.
-        solved = optax.tree.get_all_with_path(inner_state, "fallbacks")
-        if solved and watched.is_combined(update):
-            is_noise = (length > 0) & (length * unit <= _rounding(watched, update, shared))
+        if made is not None and made[0].is_measured:
+            is_noise = (length > 0) & (length * unit <= _rounding(made[0], made[1], update, shared))
             factor = jnp.where(is_noise, 0, factor)
         leaves, treedef = jax.tree.flatten(update)
         leaves = [
@@ -87,14 +92,13 @@ def match_norm(
     return link(init_fn, update_fn)
 
 
-def _rounding(watched: Jacobian, update: Any, shared: list[bool]) -> jax.Array:
+def _rounding(jacobian: Jacobian, weights: jax.Array, update: Any, shared: list[bool]) -> jax.Array:
     """The length below which an update may be what rounding leaves of rows that cancel."""
-    if not watched.at_parameters:  # norms of other units than an update's
-        return jnp.zeros([], watched.dtype)
-    scales, weights = watched.weighing(update)
+    if not jacobian.at_parameters:  # norms of other units than an update's
+        return jnp.zeros([], jacobian.dtype)
     leaves = [leaf for leaf, s in zip(jax.tree.leaves(update), shared, strict=True) if s]
-    eps = max([_NOISE * jnp.finfo(watched.dtype).eps, *(jnp.finfo(x.dtype).eps for x in leaves)])
-    return eps * jnp.sum(jnp.abs(scales * weights) * watched.norms())
+    eps = max([_NOISE * jnp.finfo(jacobian.dtype).eps, *(jnp.finfo(x.dtype).eps for x in leaves)])
+    return eps * jnp.sum(jnp.abs(weights) * jacobian.norms())
 
 
 def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
@@ -103,5 +107,7 @@ def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
     leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32)
-    unit = power_of_two(jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves])))
-    return jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves)), unit
+    tops = [over_shards(jax.lax.pmax, jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
+    unit = power_of_two(jnp.max(jnp.stack(tops)))
+    squares = [over_shards(jax.lax.psum, jnp.sum((leaf / unit) ** 2)) for leaf in leaves]
+    return jnp.sqrt(sum(squares)), unit

@@ -8,7 +8,14 @@ import optax
 
 from mtl_optax.aggregators._base import towards
 from mtl_optax.jacobian._rows import mix, row_norms
-from mtl_optax.links import check_num_tasks, check_option, link, running_mean, task_position
+from mtl_optax.links import (
+    check_num_tasks,
+    check_option,
+    check_params,
+    link,
+    running_mean,
+    task_position,
+)
 from mtl_optax.states import PerTask
 
 
@@ -47,8 +54,8 @@ def metabalance(
       primary one's norm).
 
     Raises:
-      ValueError: if `num_tasks` < 1, an option is out of range, no task is the primary one, or the
-        losses are not K.
+      ValueError: if `num_tasks` < 1, an option is out of range, no task is the primary one, the
+        losses are not K, or `init` gets no parameters.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,6 +77,7 @@ def metabalance(
     check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
 
     def init_fn(params):
+        check_params(params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(num_tasks, jnp.float32), params)
         return MetabalanceState(zeros, zeros)
 

@@ -4,13 +4,14 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax._lookahead import jacobian_of, trial_step
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over, step_each
-from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.links import check_num_tasks, check_option, is_traced, link, per_task
 from mtl_optax.states import PerTask
 
 _START = 0.1
@@ -112,7 +113,10 @@ def scale_by_auto_lambda(
 
         weights, by_values = jax.vjp(weights_of, state.values)
         stepped, slope = trial_step(jacobian, params, weights, learning_rate)
-        (gradient,) = by_values(slope(validation(stepped).pullback(importance)))
+        other = validation(stepped)
+        if _has_zeros(primary):  # 0 times the NaN of an auxiliary task is NaN
+            other = other.keep(importance != 0)
+        (gradient,) = by_values(slope(other.pullback(importance)))
         bounded = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
         values, opt_state = step_each(
             optimizer, state.opt_state, state.values, bounded, jnp.isfinite(gradient)
@@ -121,6 +125,10 @@ def scale_by_auto_lambda(
         return jacobian.scale(weights), AutoLambdaState(weights, values, opt_state)
 
     return link(init_fn, update_fn, num_tasks)
+
+
+def _has_zeros(primary: TaskOption) -> bool:
+    return is_traced(primary) or any(np.any(np.equal(p, 0)) for p in jax.tree.leaves(primary))
 
 
 auto_lambda = summed(scale_by_auto_lambda)

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide, power_of_two
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.jacobian._rows import magnitudes, per_row, scale_rows
+from mtl_optax.jacobian._rows import magnitudes, over_shards, per_row, row_size, scale_rows
 from mtl_optax.links import check_choice, check_num_tasks, link, task_position
 from mtl_optax.states import PerTask
 
@@ -113,10 +113,11 @@ def _sizes(jacobian: Jacobian, statistic: str) -> tuple[jax.Array, jax.Array]:
     largest, mean_size = magnitudes(rows, jacobian.num_tasks)
     if statistic == "mean":
         return largest, mean_size
-    size = max(sum(row[0].size for row in rows), 1)
+    size = max(sum(map(row_size, rows)), 1)
 
     def mean(fn):
         parts = [jnp.sum(fn(row), axis=tuple(range(1, row.ndim))) for row in rows]
+        parts = [over_shards(jax.lax.psum, part) for part in parts]
         return sum(parts, jnp.zeros_like(largest)) / size
 
     # Powers of entries may overflow.

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax._numerics import dot
@@ -85,7 +86,10 @@ def scale_by_ldc_mtl(
     check_num_tasks(num_tasks)
     check_option("discrepancy", discrepancy, lambda mu: mu >= 0, "at least 0")
     check_choice("between", between, ("losses", "weighted"))
-    check_option("num_features", num_features, lambda n: n >= 0, "at least 0")
+    is_whole = lambda n: (n >= 0) & (n % 1 == 0)  # noqa: E731
+    check_option("num_features", num_features, is_whole, "a whole number of at least 0")
+    in_order = lambda b: b.shape == (2,) and 0 <= b[0] <= b[1] <= 1  # noqa: E731
+    check_option("bounds", np.asarray(bounds), in_order, "two numbers in ascending order, 0 to 1")
     optimizer = optimizer or optax.adam(1e-3)
 
     def init_fn(params):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, wide
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, link, per_task
 from mtl_optax.states import PerTask
@@ -130,7 +130,9 @@ def ntk_traces(
             def square(v, i=i):
                 cotangents = [jnp.zeros_like(x) for x in leaves]
                 cotangents[i] = v
-                return optax.tree.norm(pull(treedef.unflatten(cotangents)), squared=True)
+                # Squares of a narrow type would leave its range.
+                row = jax.tree.leaves(pull(treedef.unflatten(cotangents)))
+                return optax.tree.norm([g.astype(wide(g.dtype)) for g in row], squared=True)
 
             if num_probes is None:
                 vectors = jnp.eye(leaf.size, dtype=leaf.dtype).reshape(-1, *leaf.shape)

@@ -4,6 +4,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax._typing import Schedule
@@ -67,8 +68,12 @@ def every(
       [0.5, 1.0]
       [0.8, 0.4]
     """
-    if not callable(n) and not is_traced(n) and (isinstance(n, bool) or n < 1):
-        raise ValueError(f"n={n!r}, expected at least 1 update from one refresh to the next")
+    is_whole = isinstance(n, int | np.integer | jax.Array) and not isinstance(n, bool)
+    if not callable(n) and not is_traced(n) and not (is_whole and n >= 1):
+        raise ValueError(
+            f"n={n!r}, expected at least 1 update from one refresh to the next, a whole number, or "
+            "a schedule"
+        )
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):

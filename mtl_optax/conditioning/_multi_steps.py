@@ -112,8 +112,10 @@ def multi_steps(
             return run(tx, batch, inner_state, params, extra_args)
 
         def wait(inner_state):
-            like = jax.eval_shape(step, inner_state)[0]
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), inner_state
+            like, treedef = jax.tree.flatten(jax.eval_shape(step, inner_state)[0])
+            # Of the rows, as they lie on the devices of a `shard_map`.
+            zeros = [jnp.zeros_like(row[0], x.dtype) for row, x in zip(rows, like, strict=True)]
+            return treedef.unflatten(zeros), inner_state
 
         full = (count == every_k) & (count > state.mini_step)
         update, inner_state = jax.lax.cond(full, step, wait, state.inner_state)

@@ -1,13 +1,16 @@
 """Skipping a step that is not finite, with the state as it was."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mtl_optax.conditioning._base import run
+from mtl_optax.conditioning._drop_nonfinite import DropNonfiniteTasksState
+from mtl_optax.jacobian._rows import on_all_shards
 from mtl_optax.links import receive
+from mtl_optax.states import link_states
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -25,9 +28,9 @@ def skip_nonfinite(
 
     The update is then zero and the state of `tx`, strategy and optimizer alike, is bit for bit what
     it was; so it is too where a number of that state would stop being finite. Skipped steps are
-    counted. `optax.apply_if_finite` can't do this: it looks for NaN in the Jacobian it is given,
-    not in what the strategy makes of it, and returns zeros of the Jacobian's structure. To drop
-    only the task that is not finite, see `drop_nonfinite_tasks`. Around the whole chain:
+    counted. A task that a `drop_nonfinite_tasks` inside has dropped is no reason to skip.
+    `optax.apply_if_finite` can't do this: it looks for NaN in the Jacobian it is given, not in what
+    the strategy makes of it, and returns zeros of the Jacobian's structure. Around the whole chain:
 
         tx = mtl.skip_nonfinite(optax.chain(mtl.gradnorm(2), optax.adam(1e-3)))
 
@@ -65,8 +68,12 @@ def skip_nonfinite(
         # Some states are NaN until they have seen something.
         good = [~(_nonfinite(new) & ~_nonfinite(old)) for new, old in pairs]
         good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
-        finite = jnp.all(jnp.isfinite(jacobian.loss_vector()))
-        finite &= jnp.all(jnp.stack([jnp.all(g) for g in good]))
+        dropped = jnp.zeros(jacobian.num_tasks, bool)
+        counts = zip(_dropped(inner_state), _dropped(state.inner_state), strict=True)
+        for now, before in counts:
+            dropped |= now > before
+        finite = jnp.all(jnp.isfinite(jacobian.loss_vector()) | dropped) & ~jnp.all(dropped)
+        finite &= jnp.all(jnp.stack([on_all_shards(jnp.all(g)) for g in good]))
         anyone = jnp.any(jacobian.present)
 
         zeros = jax.tree.map(jnp.zeros_like, update)
@@ -78,6 +85,12 @@ def skip_nonfinite(
         return update, SkipNonfiniteState(state.skipped + bad, in_a_row, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dropped(opt_state: Any) -> list[jax.Array]:
+    """How often each task was dropped, by each link inside that does it."""
+    states = [s for s in link_states(opt_state) if isinstance(s, DropNonfiniteTasksState)]
+    return [state.dropped for state in states]
 
 
 def _nonfinite(leaf: jax.Array) -> jax.Array:

@@ -34,7 +34,7 @@ def moo_svgd(
     with :math:`g^*_j` the rows of model j, combined as by `mtl.mgda` with `normalize="l2"`. It
     vanishes on the front, where only the push of models with similar losses is left. That push is
     also off the front: `hypervolume_gradient` covered each front better that we measured. A
-    model whose losses are not finite is not seen by the others.
+    model whose losses or gradients are not finite is not seen by the others.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -94,6 +94,8 @@ def moo_svgd(
 
         weights, descents, losses = jax.vmap(shortest)(jacobians)
         n, finite = len(losses), jnp.all(jnp.isfinite(losses), axis=1)
+        for descent in jax.tree.leaves(descents):
+            finite &= jnp.all(jnp.isfinite(descent), axis=tuple(range(1, descent.ndim)))
         seen = finite[:, None] & finite[None]
         apart = jnp.where(seen[..., None], losses[:, None] - losses[None], 0)
         squares = jnp.where(seen, jnp.sum(apart**2, axis=2), jnp.nan)

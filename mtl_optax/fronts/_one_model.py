@@ -26,7 +26,7 @@ def with_preference(
       preference: one for all of them, ``(K,)``, or one each, ``(..., K)``.
 
     Returns:
-      ``(..., D + K)``, in the type of the inputs.
+      ``(..., D + K)``, in the type of the inputs, if that is floating.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -39,6 +39,7 @@ def with_preference(
       <https://arxiv.org/abs/2103.13392>`_, 2021 (COSMOS).
     """
     x, preference = jnp.asarray(x), jnp.asarray(preference)
+    x = x.astype(jnp.result_type(float, x))  # shares are no integers
     shape = (*x.shape[:-1], preference.shape[-1])
     behind = jnp.broadcast_to(preference.astype(x.dtype), shape)
     return jnp.concatenate([x, behind], axis=-1)
@@ -55,7 +56,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
 
     Args:
       members: parameters, stacked: leaves ``(K, *param.shape)``, as ``jax.vmap(init_model)(keys)``
-        makes them. Other leaves than floating ones are those of the first.
+        makes them. Leaves of integers, bools or random keys are those of the first.
       preference: p, ``(K,)``, summing to 1.
 
     Returns:
@@ -83,7 +84,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
                 f"a parameter has shape {jnp.shape(leaf)} and the preference {preference.shape}, "
                 "expected the K members stacked along its first axis"
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf[0]
         return jnp.tensordot(preference.astype(leaf.dtype), leaf, 1)
 

@@ -238,7 +238,7 @@ def as_jacobian(grads: Any, losses: Any, *, shared: Mask | None = None) -> Jacob
       A `Jacobian` that holds the K rows.
 
     Raises:
-      TypeError: if a loss is not of a real floating-point type.
+      TypeError: if a loss or a gradient is not of a real floating-point type.
       ValueError: if a named loss is not a scalar, or `grads` does not fit the losses.
 
     Examples:
@@ -275,6 +275,13 @@ def as_jacobian(grads: Any, losses: Any, *, shared: Mask | None = None) -> Jacob
                 f"{[leaf.shape for leaf in leaves]}): pass exactly what jax.jacrev(loss_fn) "
                 "returns; a chain has one aggregator, and nothing after it takes rows"
             )
+        for leaf in leaves:
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise TypeError(
+                    f"the gradients have a leaf of dtype {jnp.result_type(leaf)}, expected real "
+                    "floating-point ones: cast integers, and make the real and the imaginary part "
+                    "of a complex parameter two parameters"
+                )
         size = math.prod(shape)
         blocks.append([leaf.reshape(size, *leaf.shape[len(shape) :]) for leaf in leaves])
     rows = [

@@ -20,7 +20,7 @@ from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_los
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
-from mtl_optax.jacobian._rows import mixed_products, scale_rows, scaled_products
+from mtl_optax.jacobian._rows import all_finite, mixed_products, scale_rows, scaled_products
 from mtl_optax.jacobian.ways import Measurement, Rows, Way
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Jacobian:
     def shared(self) -> Any:
         """Which parameters the tasks share: a tree of bools like the parameters."""
         return self._layout.merge(self._layout.shared, lambda aval: False)
+
+    @property
+    def trained(self) -> tuple[bool, ...]:
+        """Which parameters are trained, in the order in which JAX flattens them."""
+        return self._layout.trained
 
     @property
     def present(self) -> Bool[Array, " K"]:
@@ -354,11 +359,11 @@ class Jacobian:
             return [*shown, *itertools.chain(*others)]
 
         total = seen([heads.mix(ones) for heads in every])
-        none_wrong = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in total]))
+        none_wrong = jnp.all(jnp.stack([all_finite(leaf) for leaf in total]))
 
         def one_by_one():
             rows = seen([heads.rows("isolated") for heads in every])
-            per_leaf = [jnp.all(jnp.isfinite(r), axis=tuple(range(1, r.ndim))) for r in rows]
+            per_leaf = [all_finite(row, tuple(range(1, row.ndim))) for row in rows]
             return jnp.all(jnp.stack(per_leaf), axis=0)
 
         return finite & jax.lax.cond(none_wrong, lambda: jnp.ones_like(finite), one_by_one)
@@ -419,7 +424,7 @@ class Jacobian:
         if isinstance(result, Jacobian):
             found = (result, ones) if result._memo is self._memo else None
         else:
-            found = self._how_made(result)
+            found = self.how_made(result)
         if found is None:
             raise ValueError(
                 "the link does not return the rows that it is given, weighed, or their weighted "
@@ -434,7 +439,20 @@ class Jacobian:
 
     def is_combined(self, update: Any) -> bool:
         """Whether it is known to be what `combine` returned, for one that is watched."""
-        return self._how_made(update) is not None
+        return self.how_made(update) is not None
+
+    def how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
+        """The Jacobian and the weights that `combine` made an update of, if that is known."""
+        leaves = jax.tree.leaves(update)
+        for scaled, weights, made in self._memo.updates or []:
+            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
+                return scaled, weights
+        return None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its norms are at hand, for nothing."""
+        return self._memo.known(self._what_is_measured) is not None
 
     # What follows is how, not what.
 
@@ -446,13 +464,6 @@ class Jacobian:
         if self._memo.updates is not None:
             self._memo.updates.append((self, weights, update))
         return update
-
-    def _how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
-        leaves = jax.tree.leaves(update)
-        for scaled, weights, made in self._memo.updates or []:
-            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
-                return scaled, weights
-        return None
 
     def _replace(self, **changes: Any) -> Jacobian:
         now = {

@@ -41,9 +41,9 @@ def if_finite(
     leaves: list[jax.Array | None], otherwise: Callable[[], list[jax.Array | None]]
 ) -> list[jax.Array | None]:
     """The leaves where all of them are finite, else what takes longer and is."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in leaves if leaf is not None]
-    all_finite = functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
-    return jax.lax.cond(all_finite, lambda: leaves, otherwise)
+    finite = [all_finite(leaf) for leaf in leaves if leaf is not None]
+    everything = functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
+    return jax.lax.cond(everything, lambda: leaves, otherwise)
 
 
 def per_row(values: jax.Array, rows: jax.Array) -> jax.Array:
@@ -70,10 +70,11 @@ def magnitudes(
     size = 0
     for row in rows:
         entries, axes = jnp.abs(row.astype(jnp.float32)), tuple(range(1, row.ndim))
-        largest = jnp.maximum(largest, jnp.max(entries, axis=axes, initial=0))
-        part = max(row[0].size, 1) if layerwise else 1
-        total += jnp.sum(entries, axis=axes) / part
-        size += min(row[0].size, 1) if layerwise else row[0].size
+        top = over_shards(jax.lax.pmax, jnp.max(entries, axis=axes, initial=0))
+        largest = jnp.maximum(largest, top)
+        part = max(row_size(row), 1) if layerwise else 1
+        total += over_shards(jax.lax.psum, jnp.sum(entries, axis=axes)) / part
+        size += min(row_size(row), 1) if layerwise else row_size(row)
     return largest, total / max(size, 1)
 
 
@@ -93,6 +94,22 @@ def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """`jax.lax.psum` or `pmax` of x over the mesh axes that it varies over inside `shard_map`."""
     axes = varying_axes(x)
     return reduce(x, tuple(axes)) if axes else x
+
+
+def row_size(rows: jax.Array) -> int:
+    """How many entries a row of one leaf has, on all devices of a `shard_map` that hold some."""
+    axes = tuple(varying_axes(rows))
+    return rows[0].size * (jax.lax.psum(1, axes) if axes else 1)
+
+
+def all_finite(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Whether all entries along some axes are finite, on all devices of a `shard_map`."""
+    return on_all_shards(jnp.all(jnp.isfinite(x), axis=axes))
+
+
+def on_all_shards(flags: jax.Array) -> jax.Array:
+    """What holds on all devices of a `shard_map`, so that they decide alike."""
+    return over_shards(lambda f, axes: jax.lax.pmin(f.astype(jnp.int32), axes) > 0, flags)
 
 
 def gathered(x: jax.Array) -> jax.Array:

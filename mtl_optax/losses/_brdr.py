@@ -66,7 +66,10 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
         return BrdrState(start(residuals, 1.0), start(residuals, 0.0), count)
 
     def update(residuals, state):
-        square = jax.tree.map(jnp.square, sizes(residuals))
+        def squared(size):
+            return jnp.minimum(size**2, jnp.finfo(size.dtype).max / 4)  # room for their hypotenuse
+
+        square = jax.tree.map(squared, sizes(residuals, state.weights))
         count = state.count + 1
         old, new = jnp.sqrt(residual_decay), jnp.sqrt(1 - jnp.asarray(residual_decay))
         # The root is kept: r⁴ would leave the range of float32 long before r² does.

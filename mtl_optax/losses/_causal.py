@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import wide
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -30,7 +32,7 @@ def causal_weights(
       tolerance: ε, in one over the unit of the losses; larger waits longer.
 
     Returns:
-      `(..., C)`, in the type of the losses.
+      `(..., C)`, in the type of the losses, if that is floating.
 
     Raises:
       ValueError: if the losses are a scalar.
@@ -46,9 +48,11 @@ def causal_weights(
       Wang, Sankaran and Perdikaris, `Respecting causality is all you need for training
       physics-informed neural networks <https://arxiv.org/abs/2203.07404>`_, 2022.
     """
-    losses = jax.lax.stop_gradient(jnp.asarray(losses))
+    losses = jnp.asarray(losses)
+    losses = jax.lax.stop_gradient(losses.astype(jnp.result_type(float, losses)))
     if losses.ndim == 0:
         raise ValueError("losses is a scalar, expected (..., C): one loss a stretch of time")
-    before = jnp.cumsum(losses[..., :-1], axis=-1)  # exclusive, without inf - inf
-    before = jnp.concatenate([jnp.zeros_like(losses[..., :1]), before], axis=-1)
+    before = jnp.cumsum(losses[..., :-1], axis=-1, dtype=wide(losses.dtype))
+    zero = jnp.zeros_like(losses[..., :1], before.dtype)
+    before = jnp.concatenate([zero, before], axis=-1)  # exclusive, without inf - inf
     return jnp.exp(-jnp.asarray(tolerance) * before).astype(losses.dtype)

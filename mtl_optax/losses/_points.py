@@ -27,11 +27,21 @@ class PointWeights(NamedTuple):
     update: Callable[[Any, Any], tuple[Any, Any]]
 
 
-def sizes(residuals: Any) -> Any:
+def sizes(residuals: Any, like: Any) -> Any:
     """The absolute residuals, at least float32, cut off from differentiation.
 
     One that is not finite counts as 0: it must not poison the weights of the others.
+
+    Args:
+      residuals: of the points that `init` saw.
+      like: a tree of the state, which has their shapes.
     """
+    shapes, expected = (jax.tree.map(jnp.shape, tree) for tree in (residuals, like))
+    if shapes != expected:
+        raise ValueError(
+            f"residuals have shapes {shapes}, expected {expected}, of those that init saw: the "
+            "weights belong to points that stay the same from step to step"
+        )
 
     def size(r):
         r = jnp.asarray(r)
@@ -45,7 +55,7 @@ def sizes(residuals: Any) -> Any:
 
 def start(residuals: Any, value: Any) -> Any:
     """A state shaped as the residuals: one value for all points, or a tree of them."""
-    full = lambda r, v: jnp.broadcast_to(v, r.shape).astype(wide(r.dtype))  # noqa: E731
+    full = lambda r, v: jnp.broadcast_to(v, jnp.shape(r)).astype(wide(jnp.result_type(r)))  # noqa: E731
     if jax.tree.structure(value) == jax.tree.structure(residuals):
         return jax.tree.map(full, residuals, value)
     return jax.tree.map(lambda r: full(r, value), residuals)

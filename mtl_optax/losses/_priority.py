@@ -56,8 +56,10 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
     kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
     if not isinstance(gamma, Tracer) and jnp.any(gamma < 0):
         raise ValueError(f"gamma is {gamma}, expected a number >= 0")
-    kappa = jnp.clip(kpi, _MARGIN, 1 - _MARGIN)
-    return -((1 - kappa) ** gamma.astype(kappa.dtype)) * jnp.log(kappa)
+    # A narrower type has no number so near to 1.
+    kappa = jnp.clip(kpi.astype(wide(kpi.dtype)), _MARGIN, 1 - _MARGIN)
+    priority = -((1 - kappa) ** gamma.astype(kappa.dtype)) * jnp.log(kappa)
+    return priority.astype(kpi.dtype)
 
 
 def accuracy(
@@ -91,7 +93,7 @@ def accuracy(
             f"labels have shape {labels.shape} and dtype {labels.dtype}, expected integers of "
             f"shape {logits.shape[:-1]} for logits of shape {logits.shape}"
         )
-    dtype = wide(logits.dtype)
+    dtype = wide(jnp.result_type(float, logits))
     if not soft:
         return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=dtype)
     probabilities = jax.nn.softmax(logits.astype(dtype))
@@ -129,5 +131,5 @@ def share_within(
         raise ValueError(f"tolerance is {tolerance}, expected above 0, in the unit of the errors")
     if softness < 0:
         raise ValueError(f"softness is {softness}, expected at least 0, in the unit of the errors")
-    room = tolerance - jnp.abs(errors.astype(wide(errors.dtype)))
+    room = tolerance - jnp.abs(errors.astype(wide(jnp.result_type(float, errors))))
     return jnp.mean(jax.nn.sigmoid(room / softness) if softness else (room >= 0).astype(room.dtype))

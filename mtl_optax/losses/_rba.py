@@ -68,7 +68,7 @@ def rba(
             relative = divide(size, jnp.max(size, initial=0))
             return (decay * multiplier + learning_rate * relative).astype(multiplier.dtype)
 
-        multipliers = jax.tree.map(step, state.multipliers, sizes(residuals))
+        multipliers = jax.tree.map(step, state.multipliers, sizes(residuals, state.multipliers))
         weights = conform(jax.tree.map(jnp.square, multipliers), residuals)
         return weights, RbaState(multipliers)
 

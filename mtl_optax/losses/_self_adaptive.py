@@ -9,6 +9,10 @@ import optax
 
 from mtl_optax.losses._points import PointWeights, conform, sizes, start
 
+# An optimizer such as Adam squares the gradient, of squares, and an infinite average is infinite
+# for good.
+_LARGEST = 1e9
+
 
 class SelfAdaptiveState(NamedTuple):
     """State of `self_adaptive`."""
@@ -67,7 +71,10 @@ def self_adaptive(
 
     def update(residuals, state):
         weights, slope = jax.vjp(lambda m: jax.tree.map(mask, m), state.multipliers)
-        (down,) = slope(jax.tree.map(lambda s: -(s**2) / s.size, sizes(residuals)))
+        bounded = jax.tree.map(
+            lambda s: jnp.minimum(s, _LARGEST), sizes(residuals, state.multipliers)
+        )
+        (down,) = slope(jax.tree.map(lambda s: -(s**2) / s.size, bounded))
         steps, opt_state = opt.update(down, state.opt_state, state.multipliers)
         multipliers = optax.apply_updates(state.multipliers, steps)
         return conform(weights, residuals), SelfAdaptiveState(multipliers, opt_state)
