@@ -14,7 +14,7 @@ PACES_APART = 10.0
 
 # The guide's table: what is seen, what it means, what to try, cheapest first.
 ADVICE = {
-    "scale": ("uncertainty", "scale_invariant", "gradnorm"),
+    "scale": ("scale_invariant", "uncertainty", "gradnorm"),
     "conflict": ("pcgrad", "upgrad", "cagrad"),
     "scale and conflict": ("imtl_g", "aligned_mtl", "nash_mtl"),
     "pace": ("dwa", "famo"),

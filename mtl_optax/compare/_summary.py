@@ -165,9 +165,7 @@ def answer(results: dict[str, Any]) -> str:
         )
     if static:
         first = static[0]
-        also = f"; {_listed(others)} also help, but are not told apart from tuned ones" * bool(
-            others
-        )
+        also = f"; what else helps ({_listed(others)}) is not told apart from them" * bool(others)
         return (
             f"Prefer static weights ({first.label}): they are {_points(first.gain)} better than "
             f"equal weights at the cost of a plain step{also}."
