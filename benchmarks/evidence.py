@@ -98,9 +98,9 @@ def arguments(name: str, out: Path = OUT) -> list[str]:
 def section(name: str, comparison: Comparison) -> str:
     """What the page says of a run: its command, the answer, the table, and what stands beside."""
     results = comparison.results
-    moved = last_change(results)
+    moved, told = last_change(results), shlex.join(["mtl-compare", *arguments(name)])
     lines = [
-        "```bash\n" + shlex.join(["mtl-compare", *arguments(name)]) + "\n```",
+        "```bash\n" + told.replace(" --", " \\\n  --") + "\n```",
         f"**{comparison.answer}**",
         summary.markdown(results, WIDTH),
         *comparison.notes,
