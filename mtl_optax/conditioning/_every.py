@@ -92,34 +92,36 @@ def every(
     def update_fn(jacobian, state, *, params=None, **extra_args):
         due = (state.wait <= 0) | jnp.any(jacobian.present & ~state.weighed)
 
-        def refresh():
-            asked = jacobian.watched()
-            result, inner_state = tx.update(asked, state.inner_state, params, **extra_args)
-            scales, weights = asked.weighing(result)
-            held = [
-                jnp.where(jacobian.present, new, old).astype(jnp.float32)
-                for new, old in ((scales, state.held_scales), (weights, state.held_weights))
-            ]
-            update = () if isinstance(result, Jacobian) else result
-            return update, *held, state.weighed | jacobian.present, inner_state
+        held = [w.astype(jacobian.dtype) for w in (state.held_scales, state.held_weights)]
 
-        scales, aggregates = state.held_scales, jax.eval_shape(refresh)[0] != ()
+        def ask():
+            asked = jacobian.watched()
+            return asked, *tx.update(asked, state.inner_state, params, **extra_args)
+
+        def refresh():
+            asked, result, inner_state = ask()
+            found = [
+                jnp.where(jacobian.present, new, old).astype(jacobian.dtype)
+                for new, old in zip(asked.weighing(result), held, strict=True)
+            ]
+            return *found, state.weighed | jacobian.present, inner_state
 
         def rest():
-            held = jacobian.here().scale(scales)
-            update = conform(held.combine(state.held_weights), params) if aggregates else ()
-            return update, scales, state.held_weights, state.weighed, state.inner_state
+            return *held, state.weighed, state.inner_state
 
-        update, scales, weights, weighed, inner_state = jax.lax.cond(due, refresh, rest)
+        is_balancer = isinstance(jax.eval_shape(lambda: ask()[1]), Jacobian)
+        # The update is made outside, in one place: XLA runs less of a branch in parallel.
+        scales, weights, weighed, inner_state = jax.lax.cond(due, refresh, rest)
         period = jnp.asarray(n(state.count) if callable(n) else n, jnp.int32)
         new_state = EveryState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             wait=jnp.where(due, period, state.wait) - 1,
-            held_scales=scales,
-            held_weights=weights,
+            held_scales=scales.astype(jnp.float32),
+            held_weights=weights.astype(jnp.float32),
             weighed=weighed,
             inner_state=inner_state,
         )
-        return update if aggregates else jacobian.scale(scales), new_state
+        rows = jacobian.scale(scales)
+        return rows if is_balancer else conform(rows.combine(weights), params), new_state
 
     return link(init_fn, update_fn)
