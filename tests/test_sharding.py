@@ -115,7 +115,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %w = f32[4]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
 }
 """
-    assert scaling.moved_bytes(hlo) == 8 * 4 + 5 * (4 * 4 + 6 * 2)
+    assert scaling.moved_bytes(hlo) == (8 * 4 + 5 * (4 * 4 + 6 * 2), 8 * 4)
 
 
 def _plain(run):
