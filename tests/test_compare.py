@@ -470,7 +470,7 @@ def test_answer_says_who_to_prefer(results):
     assert "than tuned static weights, at 1.0" in answered(dwa=0.2)
     everywhere = answered(dwa=0.2, tuned=0.2)
     assert everywhere.startswith("Prefer static weights (tuned weights): they are ")
-    assert "what else helps (dwa) is not told apart" in everywhere
+    assert "what else helps (dwa) is not shown to be better" in everywhere
     strategies = {**results["strategies"]}
     strategies[STRATEGY] = {**strategies[STRATEGY], "options": {"temperature": 0.5}}
     assert "dwa (temperature 0.5)" in summary.text({**results, "strategies": strategies})

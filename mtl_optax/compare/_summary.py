@@ -165,7 +165,7 @@ def answer(results: dict[str, Any]) -> str:
         )
     if static:
         first = static[0]
-        also = f"; what else helps ({_listed(others)}) is not told apart from them" * bool(others)
+        also = f"; what else helps ({_listed(others)}) is not shown to be better" * bool(others)
         return (
             f"Prefer static weights ({first.label}): they are {_points(first.gain)} better than "
             f"equal weights at the cost of a plain step{also}."
@@ -174,7 +174,7 @@ def answer(results: dict[str, Any]) -> str:
         first = others[0]
         return (
             f"Prefer {_listed(others)}: {first.label} is {_points(first.gain)} better than equal "
-            f"weights, {_at_cost(first)}, but not told apart from tuned static weights."
+            f"weights, {_at_cost(first)}, but not shown to be better than tuned static ones."
         )
     closest = max(
         (r for r in lines.values() if r.name not in (SINGLE_TASK, EQUAL_WEIGHTS)),
