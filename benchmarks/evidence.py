@@ -101,8 +101,7 @@ def section(name: str, comparison: Comparison) -> str:
     moved, told = last_change(results), shlex.join(["mtl-compare", *arguments(name)])
     lines = [
         "```bash\n" + told.replace(" --", " \\\n  --") + "\n```",
-        f"**{comparison.answer}**",
-        summary.markdown(results, WIDTH),
+        comparison.markdown(WIDTH),
         *comparison.notes,
         f"Under equal weights the validation metrics moved by {moved:+.1f} % in the last fifth of "
         f"the {results['settings']['steps']:,} steps. {results['problem']['num_parameters']:,} "

@@ -17,6 +17,7 @@ from benchmarks import helmholtz as pinn
 from benchmarks.data import digits, kinds
 from benchmarks.data.base import Split, columns, shuffled, standardized
 from benchmarks.data.census import NUMBERS, TASKS, categories, labels_of, rows
+from benchmarks.data.pinn import chessboard
 from benchmarks.data.qm9 import qm9 as raw_qm9
 from mtl_optax import models
 from mtl_optax.compare import Draw, Problem
@@ -38,13 +39,11 @@ def helmholtz() -> Problem:
     def error(params: Any, split: Any) -> dict[str, jax.Array]:
         points, exact = split
         found = jax.vmap(lambda point: pinn.field(params, point))(points)
-        return {"u": jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)}
+        return {"u": kinds.relative_error(found, exact)}
 
     axis = np.linspace(-1, 1, 100, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    # A chessboard: the checkpoint is chosen on one colour, the error is that of the other.
-    colour = (np.arange(len(grid)) + np.arange(len(grid)) // len(axis)) % 2
-    validation, test = ((grid[colour == c], pinn.solution(grid[colour == c])) for c in (0, 1))
+    validation, test = ((points, pinn.solution(points)) for points in chessboard(grid))
     return Problem(
         init=pinn.start,
         loss_fn=pinn.task_losses,
@@ -57,7 +56,7 @@ def helmholtz() -> Problem:
         steps=40_000,
         learning_rates=(1e-3,),
         optimizer=adam,
-        options={"lr_annealing": {"reference": "pde"}, "grad_norm_weights": {}},
+        options={"lr_annealing": {"reference": "pde"}},
         title="Helmholtz equation, waves 1 and 4, new points at each step",
         source="set-up of Wang, Teng and Perdikaris (2020), model M1",
     )

@@ -137,6 +137,13 @@ def _grid(x: tuple[float, float], y: tuple[float, float], count: int = 64) -> np
     return np.stack(axes, axis=-1).reshape(-1, 2)
 
 
+def chessboard(grid: np.ndarray) -> list[np.ndarray]:
+    """What lies on a square grid by colour: one chooses, the error is that of the other."""
+    places = np.arange(len(grid))
+    colour = (places + places // round(len(grid) ** 0.5)) % 2
+    return [grid[colour == c] for c in (0, 1)]
+
+
 def _problem(
     title: str,
     points: dict[str, tuple[np.ndarray, np.ndarray]],
@@ -150,12 +157,8 @@ def _problem(
             {task: array[:, None].astype(np.float32) for task, array in labels.items()},
         )
 
-    grid, solution = reference
-    # A chessboard: the learning rate is chosen on one colour, the error is that of the other.
-    colour = (np.arange(len(grid)) + np.arange(len(grid)) // round(len(grid) ** 0.5)) % 2
-    validation, test = (
-        labelled({"u": grid[colour == c]}, {"u": solution[colour == c]}) for c in (0, 1)
-    )
+    halves = zip(*map(chessboard, reference), strict=True)
+    validation, test = (labelled({"u": points}, {"u": values}) for points, values in halves)
     return hard_sharing(
         title=title,
         source="random points inside and on the border; judged on a 64x64 grid of the solution",

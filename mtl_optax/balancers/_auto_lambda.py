@@ -15,8 +15,6 @@ from mtl_optax.links import check_num_tasks, check_option, is_traced, link, per_
 from mtl_optax.states import PerTask
 
 _START = 0.1
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
 
 
 class AutoLambdaState(NamedTuple):
@@ -117,9 +115,8 @@ def scale_by_auto_lambda(
         if _has_zeros(primary):  # 0 times the NaN of an auxiliary task is NaN
             other = other.keep(importance != 0)
         (gradient,) = by_values(slope(other.pullback(importance)))
-        bounded = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
         values, opt_state = step_each(
-            optimizer, state.opt_state, state.values, bounded, jnp.isfinite(gradient)
+            optimizer, state.opt_state, state.values, gradient, jnp.isfinite(gradient)
         )
         weights = weights_of(values)
         return jacobian.scale(weights), AutoLambdaState(weights, values, opt_state)

@@ -16,8 +16,6 @@ from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
 
 _EXACT = jax.lax.Precision.HIGHEST
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
 
 
 class ForumState(NamedTuple):
@@ -164,9 +162,9 @@ def forum(
             (jnp.tensordot(shares, u, axes=1) + nu * f).astype(leaf.dtype)
             for u, f, leaf in zip(units, falls, jax.tree.leaves(fall), strict=True)
         ]
-        gradient = jnp.clip(nu * rise, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
+        gradient = nu * rise
         logits, opt_state = step_each(
-            optimizer, state.opt_state, state.logits, gradient, jnp.isfinite(gradient)
+            optimizer, state.opt_state, state.logits, gradient, ~jnp.isnan(gradient)
         )
         new_state = ForumState(
             weights=weights,

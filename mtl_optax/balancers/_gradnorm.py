@@ -15,8 +15,6 @@ from mtl_optax.states import PerTask
 
 # A weight at 0 would have no gradient norm left to come back with.
 _SMALLEST_WEIGHT = 1e-6
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
 
 
 class GradnormState(NamedTuple):
@@ -122,7 +120,7 @@ def scale_by_gradnorm(
         rate = progress / _mean(progress, usable)
         weighted = jnp.where(usable, w * norms, 0)
         target = _mean(weighted, usable) * rate**alpha
-        gradient = jnp.sign(weighted - target) * jnp.minimum(norms, _LARGEST_GRADIENT)
+        gradient = jnp.sign(weighted - target) * norms
         next_w, opt_state = step_each(optimizer, state.opt_state, w, gradient, usable)
         next_w = jnp.maximum(next_w, _SMALLEST_WEIGHT)
         # Those that moved share what the others leave of K.

@@ -14,8 +14,6 @@ from mtl_optax.states import PerTask
 
 # exp(88) is close to the largest float32, and 1 / exp(88) is subnormal.
 _LARGEST_LOG_SCALE = 87.0
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
 
 
 class ImtlLState(NamedTuple):
@@ -87,7 +85,7 @@ def scale_by_imtl_l(
         usable = (loss > 0) & jnp.isfinite(loss)
         s = state.log_scales
         weights = jnp.exp(s)
-        gradient = jnp.minimum(weights * loss - 1, _LARGEST_GRADIENT)
+        gradient = weights * loss - 1
         next_s, opt_state = step_each(optimizer, state.opt_state, s, gradient, usable)
         next_s = jnp.clip(next_s, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
         new_state = ImtlLState(weights, next_s, opt_state, state.unusable + ~usable)

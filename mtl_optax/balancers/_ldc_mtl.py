@@ -13,9 +13,6 @@ from mtl_optax.balancers._usable import softmax_over, step_each
 from mtl_optax.links import check_choice, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
-
 
 class LdcMtlState(NamedTuple):
     """State of `scale_by_ldc_mtl`."""
@@ -116,8 +113,7 @@ def scale_by_ldc_mtl(
 
         finite = jnp.where(usable, loss, 0)
         weights, gradient = jax.grad(total, argnums=(0, 1))(finite, state.router)
-        gradient = jnp.clip(gradient, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
-        moves = jnp.all(jnp.isfinite(gradient), axis=1)
+        moves = ~jnp.any(jnp.isnan(gradient), axis=1)
         router, opt_state = step_each(optimizer, state.opt_state, state.router, gradient, moves)
         return jacobian.scale(weights), LdcMtlState(weights, router, opt_state)
 

@@ -18,8 +18,6 @@ KINDS = ("regression", "classification")
 REGULARIZERS = ("log", "log1p")
 # Of a variance or its inverse: further out one task alone would be left.
 _LARGEST = 1e12
-# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
-_LARGEST_GRADIENT = 1e18
 
 
 class UncertaintyState(NamedTuple):
@@ -116,7 +114,7 @@ def scale_by_uncertainty(
         slope = jnp.full_like(s, 0.5) if is_log else jax.nn.sigmoid(s)
         terms = weights * loss + (s / 2 if is_log else jax.nn.softplus(s))
         total = jnp.sum(jnp.where(jacobian.present & jnp.isfinite(terms), terms, 0))
-        gradient = jnp.maximum(slope - weights * loss, -_LARGEST_GRADIENT)
+        gradient = slope - weights * loss
         next_s, opt_state = step_each(optimizer, state.opt_state, s, gradient, usable)
         limit = math.log(_LARGEST)
         next_s = jnp.clip(next_s, -limit, limit)

@@ -11,6 +11,9 @@ import optax
 from mtl_optax._numerics import divide, power_of_two
 from mtl_optax.links import check_option, is_traced
 
+# An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
+_LARGEST_GRADIENT = 1e18
+
 
 def positive_log(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The logarithm where it exists, down to the smallest subnormal number.
@@ -59,8 +62,10 @@ def step_each(
 ) -> tuple[jax.Array, Any]:
     """One step of each task's number by an optimizer of its own, where it moves at all.
 
-    The state is `jax.vmap(optimizer.init)(values)` at first. Returns the new values and state.
+    The state is `jax.vmap(optimizer.init)(values)` at first. Gradients are bounded. Returns the new
+    values and state.
     """
+    gradients = jnp.clip(gradients, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
 
     def step(opt_state, value, gradient, moves):
         update, new_state = optimizer.update(gradient, opt_state, value)

@@ -91,7 +91,6 @@ def every(
 
     def update_fn(jacobian, state, *, params=None, **extra_args):
         due = (state.wait <= 0) | jnp.any(jacobian.present & ~state.weighed)
-
         held = [w.astype(jacobian.dtype) for w in (state.held_scales, state.held_weights)]
 
         def ask():
@@ -110,7 +109,7 @@ def every(
             return *held, state.weighed, state.inner_state
 
         is_balancer = isinstance(jax.eval_shape(lambda: ask()[1]), Jacobian)
-        # The update is made outside, in one place: XLA runs less of a branch in parallel.
+        # The update is made outside, in one place, whatever is due.
         scales, weights, weighed, inner_state = jax.lax.cond(due, refresh, rest)
         period = jnp.asarray(n(state.count) if callable(n) else n, jnp.int32)
         new_state = EveryState(
