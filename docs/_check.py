@@ -105,11 +105,15 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def inspect(site: Path, timeout: float = 300) -> list[str]:
-    """What is wrong on the pages of a site, one line each."""
-    pages = ["/" + _address(site, path) for path in sorted(site.glob("**/index.html"))]
+def pages(site: Path) -> list[str]:
+    """The addresses of the pages of a site."""
+    return ["/" + _address(site, path) for path in sorted(site.glob("**/index.html"))]
+
+
+def inspect(site: Path, some: list[str] | None = None, timeout: float = 300) -> list[str]:
+    """What is wrong on the pages of a site, or on some of them, one line each."""
     found: queue.Queue[list[str]] = queue.Queue()
-    script = _script(PAGES=pages, WIDTHS=WIDTHS) + INSPECT
+    script = _script(PAGES=pages(site) if some is None else some, WIDTHS=WIDTHS) + INSPECT
     with _serving(site, script, found.put) as address, _chromium(address):
         try:
             return found.get(timeout=timeout)

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.aggregators._base import HEADS, Heads, combined
 from mtl_optax.aggregators._simplex_steps import exchange
-from mtl_optax.jacobian._rows import over_shards
+from mtl_optax.jacobian._rows import sum_over_shards
 from mtl_optax.links import (
     check_choice,
     check_num_tasks,
@@ -104,7 +104,7 @@ def excess_mtl(
                 roots[i] = keep_finite(_hypot(roots[i], g), roots[i])
                 part = jnp.abs(g) * divide(jnp.abs(g), roots[i])
                 part = jnp.sum(part, axis=tuple(range(1, g.ndim)), dtype=jnp.float32)
-                risk += over_shards(jax.lax.psum, part)
+                risk += sum_over_shards(part)
 
         finite, warm = jnp.isfinite(risk), state.count < warmup
         starts = warm & finite & (risk > 0)

@@ -10,7 +10,7 @@ from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.jacobian._rows import over_shards
+from mtl_optax.jacobian._rows import max_over_shards, sum_over_shards
 from mtl_optax.links import check_choice, link
 
 TARGETS = ("mean", "sum")
@@ -107,7 +107,7 @@ def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
     leaves = [leaf.astype(wide(leaf.dtype)) for leaf in leaves]
     if not leaves:
         return jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32)
-    tops = [over_shards(jax.lax.pmax, jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
+    tops = [max_over_shards(jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
     unit = power_of_two(jnp.max(jnp.stack(tops)))
-    squares = [over_shards(jax.lax.psum, jnp.sum((leaf / unit) ** 2)) for leaf in leaves]
+    squares = [sum_over_shards(jnp.sum((leaf / unit) ** 2)) for leaf in leaves]
     return jnp.sqrt(sum(squares)), unit

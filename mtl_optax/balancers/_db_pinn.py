@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide, power_of_two
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.jacobian._rows import magnitudes, over_shards, per_row, row_size, scale_rows
+from mtl_optax.jacobian._rows import magnitudes, per_row, row_size, scale_rows, sum_over_shards
 from mtl_optax.links import check_choice, check_num_tasks, link, task_position
 from mtl_optax.states import PerTask
 
@@ -117,7 +117,7 @@ def _sizes(jacobian: Jacobian, statistic: str) -> tuple[jax.Array, jax.Array]:
 
     def mean(fn):
         parts = [jnp.sum(fn(row), axis=tuple(range(1, row.ndim))) for row in rows]
-        parts = [over_shards(jax.lax.psum, part) for part in parts]
+        parts = [sum_over_shards(part) for part in parts]
         return sum(parts, jnp.zeros_like(largest)) / size
 
     # Powers of entries may overflow.

@@ -10,7 +10,7 @@ from mtl_optax._numerics import divide, power_of_two
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.jacobian._rows import over_shards
+from mtl_optax.jacobian._rows import sum_over_shards
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
@@ -119,7 +119,7 @@ def _mean_norm(jacobian: Jacobian) -> jax.Array:
     # Inside `shard_map` each device has examples of its own. The 1s vary over them as the norms do.
     ones = jnp.where(norms > 0, 1.0, 1.0)
     total, count = unit * jnp.sum(norms, axis=1), jnp.sum(ones, axis=1)
-    return over_shards(jax.lax.psum, total) / over_shards(jax.lax.psum, count)
+    return sum_over_shards(total) / sum_over_shards(count)
 
 
 encodec = summed(scale_by_encodec)

@@ -10,7 +10,7 @@ import optax
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
-from mtl_optax.jacobian._rows import over_shards, per_row
+from mtl_optax.jacobian._rows import max_over_shards, per_row, sum_over_shards
 from mtl_optax.links import check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
@@ -137,13 +137,15 @@ def forum(
         falls = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(fall)]
         along = jnp.zeros(num_tasks, jnp.float32)
         for u, f in zip(units, falls, strict=True):
-            along += _whole(jnp.tensordot(u, f, axes=f.ndim, precision=_EXACT))
-        square = sum(_whole(jnp.sum(f**2)) for f in falls) + jnp.sum(rise**2)
+            along += sum_over_shards(jnp.tensordot(u, f, axes=f.ndim, precision=_EXACT))
+        square = sum(sum_over_shards(jnp.sum(f**2)) for f in falls) + jnp.sum(rise**2)
         along_per_square = divide(along, square)
 
         # With nu above 0 for all s, and with nu = 0. The value has one slope where they meet, so
         # that the minimiser of either is that of both if it lies on its own side.
-        gramian = sum(_whole(dot(u, u.T)) for u in (u.reshape(num_tasks, -1) for u in units))
+        gramian = sum(
+            sum_over_shards(dot(u, u.T)) for u in (u.reshape(num_tasks, -1) for u in units)
+        )
         inside = simplex_qp(
             gramian - along[:, None] * along_per_square[None, :], rho * along, present=usable
         )
@@ -184,7 +186,7 @@ def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Arra
 
     def largest(row):
         top = jnp.max(jnp.abs(row), axis=tuple(range(1, row.ndim)), initial=0)
-        return over_shards(jax.lax.pmax, top)
+        return max_over_shards(top)
 
     def over(row, by):
         return jnp.where(per_row(usable, row), row / per_row(jnp.where(usable, by, 1), row), 0)
@@ -193,11 +195,6 @@ def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Arra
     top = functools.reduce(jnp.maximum, map(largest, rows))
     usable = present & (top > 0) & jnp.isfinite(top)
     rows = [over(row, top) for row in rows]
-    squares = [_whole(jnp.sum(row**2, axis=tuple(range(1, row.ndim)))) for row in rows]
+    squares = [sum_over_shards(jnp.sum(row**2, axis=tuple(range(1, row.ndim)))) for row in rows]
     norms = jnp.sqrt(sum(squares))
     return [over(row, norms) for row in rows], usable
-
-
-def _whole(part: jax.Array) -> jax.Array:
-    """The sum over all devices of a `shard_map` that hold a part of the parameters."""
-    return over_shards(jax.lax.psum, part)

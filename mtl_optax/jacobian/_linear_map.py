@@ -26,8 +26,8 @@ from mtl_optax.jacobian._rows import (
     combine_rows,
     if_finite,
     keep_rows,
+    max_over_shards,
     mix,
-    over_shards,
     scale_rows,
 )
 
@@ -211,7 +211,7 @@ class Heads:
             for i, block in blocks.items():
                 here = jnp.max(jnp.abs(block), axis=range(1, block.ndim), initial=0)
                 largest[i] = jnp.maximum(largest[i], here.astype(dtype))
-        scales = [power_of_two(over_shards(jax.lax.pmax, each)) for each in largest]
+        scales = [power_of_two(max_over_shards(each)) for each in largest]
 
         def scaled(at: list[dict[int, jax.Array]]) -> list[dict[int, jax.Array]]:
             return [{i: scale_rows(b, 1 / scales[i]) for i, b in each.items()} for each in at]

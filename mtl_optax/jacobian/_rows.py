@@ -70,10 +70,10 @@ def magnitudes(
     size = 0
     for row in rows:
         entries, axes = jnp.abs(row.astype(jnp.float32)), tuple(range(1, row.ndim))
-        top = over_shards(jax.lax.pmax, jnp.max(entries, axis=axes, initial=0))
+        top = max_over_shards(jnp.max(entries, axis=axes, initial=0))
         largest = jnp.maximum(largest, top)
         part = max(row_size(row), 1) if layerwise else 1
-        total += over_shards(jax.lax.psum, jnp.sum(entries, axis=axes)) / part
+        total += sum_over_shards(jnp.sum(entries, axis=axes)) / part
         size += min(row_size(row), 1) if layerwise else row_size(row)
     return largest, total / max(size, 1)
 
@@ -82,7 +82,7 @@ def row_norms(rows: jax.Array) -> jax.Array:
     """The norms of the rows of one leaf, `(K,)`, at any scale of theirs."""
     (unit,), scales = _unit_rows([rows], wide(rows.dtype))
     squares = jnp.sum(unit**2, axis=tuple(range(1, rows.ndim)))
-    return scales * jnp.sqrt(over_shards(jax.lax.psum, squares))
+    return scales * jnp.sqrt(sum_over_shards(squares))
 
 
 def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
@@ -90,10 +90,14 @@ def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
     return jnp.where(per_row(tasks, rows), rows, 0)
 
 
-def over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
-    """`jax.lax.psum` or `pmax` of x over the mesh axes that it varies over inside `shard_map`."""
-    axes = varying_axes(x)
-    return reduce(x, tuple(axes)) if axes else x
+def sum_over_shards(x: jax.Array) -> jax.Array:
+    """The sum over the mesh axes that x varies over inside `shard_map`."""
+    return _over_shards(jax.lax.psum, x)
+
+
+def max_over_shards(x: jax.Array) -> jax.Array:
+    """The maximum over the mesh axes that x varies over inside `shard_map`."""
+    return _over_shards(jax.lax.pmax, x)
 
 
 def row_size(rows: jax.Array) -> int:
@@ -109,7 +113,7 @@ def all_finite(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
 
 def on_all_shards(flags: jax.Array) -> jax.Array:
     """What holds on all devices of a `shard_map`, so that they decide alike."""
-    return over_shards(lambda f, axes: jax.lax.pmin(f.astype(jnp.int32), axes) > 0, flags)
+    return _over_shards(jax.lax.pmin, flags.astype(jnp.int32)) > 0
 
 
 def gathered(x: jax.Array) -> jax.Array:
@@ -128,7 +132,7 @@ def contract(a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int
         precision=jax.lax.Precision.HIGHEST,
         out_sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
     )
-    return over_shards(jax.lax.psum, products)
+    return sum_over_shards(products)
 
 
 def scaled_products(
@@ -184,6 +188,11 @@ def mixed_products(rows: Sequence[jax.Array], mixing: jax.Array, units: jax.Arra
     return total
 
 
+def _over_shards(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+    axes = varying_axes(x)
+    return reduce(x, tuple(axes)) if axes else x
+
+
 def _flat(row: jax.Array) -> jax.Array:
     return row.reshape(len(row), math.prod(row.shape[1:]))
 
@@ -194,7 +203,7 @@ def _unit_rows(rows: Sequence[jax.Array], dtype: Any) -> tuple[list[jax.Array], 
     largest = jnp.zeros(len(rows[0]), dtype)
     for row in rows:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(row), range(1, row.ndim), initial=0))
-    largest = over_shards(jax.lax.pmax, largest)
+    largest = max_over_shards(largest)
     divisor = power_of_two(largest)
     units = [row / per_row(divisor, row) for row in rows]
     return units, jnp.where(largest == 0, 0, divisor)

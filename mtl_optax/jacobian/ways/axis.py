@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mtl_optax._numerics import power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._mapped import MappedMap
-from mtl_optax.jacobian._rows import keep_rows, over_shards, scaled_products
+from mtl_optax.jacobian._rows import keep_rows, max_over_shards, scaled_products, sum_over_shards
 from mtl_optax.jacobian.ways import ghost
 from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows
 
@@ -82,7 +82,7 @@ def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.A
         x = keep_rows(x, jnp.any(linear.present.reshape(-1, size), axis=0))
     delta = delta.astype(wide(delta.dtype))
     scales = power_of_two(jnp.max(jnp.abs(delta), axis=(1, 2, 3), initial=0))
-    scales = over_shards(jax.lax.pmax, scales)
+    scales = max_over_shards(scales)
     delta = delta / scales[:, None, None, None]
     if uses[0].x_dims is None:
         flat = x.reshape(size, -1)
@@ -90,14 +90,14 @@ def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.A
         square, unit = alike.astype(delta.dtype)[None], jnp.ones((), delta.dtype)
     else:
         x = x.astype(delta.dtype)
-        unit = over_shards(jax.lax.pmax, power_of_two(jnp.max(jnp.abs(x), initial=0)))
+        unit = max_over_shards(power_of_two(jnp.max(jnp.abs(x), initial=0)))
         square = _gram(x / unit)
     blocks = delta.shape[0] // size
     pairs = _gram(delta)  # (e, K, n, K, n)
     e, num_tasks, n = pairs.shape[:3]
     pairs = pairs.reshape(e, blocks, size, n, blocks, size, n)
     products = jnp.einsum("eiajb,eliamjb->limj", square, pairs, precision=_HIGHEST)
-    products = over_shards(jax.lax.psum, products.reshape(num_tasks, num_tasks))
+    products = sum_over_shards(products.reshape(num_tasks, num_tasks))
     return (products + products.T) / 2, scales * unit
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
-from mtl_optax.jacobian._rows import contract, over_shards
+from mtl_optax.jacobian._rows import contract, max_over_shards
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way
 
 
@@ -40,7 +40,7 @@ class Columns(Way):
             dtypes = [wide(x.dtype) for x in row.values()]
             dtype = functools.reduce(jnp.promote_types, dtypes, layout.dtype)
             largest = [jnp.max(jnp.abs(x.astype(dtype)), initial=0) for x in row.values()]
-            largest = over_shards(jax.lax.pmax, functools.reduce(jnp.maximum, largest))
+            largest = max_over_shards(functools.reduce(jnp.maximum, largest))
             scale = power_of_two(largest)
             unit = {i: (x.astype(dtype) / scale).astype(x.dtype) for i, x in row.items()}
             pairs = [*zip(met, _forth(push, [unit[i] for i in read]), strict=True)] if read else []

@@ -23,7 +23,13 @@ from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
 from mtl_optax.jacobian._program import ISOMETRIES, Program, fed, is_var, variables
-from mtl_optax.jacobian._rows import gathered, mix, over_shards, scaled_products
+from mtl_optax.jacobian._rows import (
+    gathered,
+    max_over_shards,
+    mix,
+    scaled_products,
+    sum_over_shards,
+)
 from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -295,7 +301,7 @@ def ghost_products(
         unit = jnp.ones((), delta.dtype)
     else:
         x = x.astype(delta.dtype)
-        unit = over_shards(jax.lax.pmax, power_of_two(jnp.max(jnp.abs(x), initial=0)))
+        unit = max_over_shards(power_of_two(jnp.max(jnp.abs(x), initial=0)))
         x = x / unit
         square = jnp.einsum("enc,emc->enm", x, x, precision=_HIGHEST)
 
@@ -312,7 +318,7 @@ def ghost_products(
     else:
         matrix = jnp.sum(jax.vmap(gramian, (0, 1))(square, delta), axis=0)
     # Inside `jax.shard_map` a device may hold a part of the parameter, and of x or y with it.
-    matrix = over_shards(jax.lax.psum, matrix)
+    matrix = sum_over_shards(matrix)
     return (matrix + matrix.T) / 2, jnp.full(len(delta), unit)
 
 
