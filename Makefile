@@ -30,7 +30,7 @@ test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
 	  $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS) \
 	  -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
 	  test_docs.py test_bench.py test_compare.py test_benchmark_data.py test_aggregate_time.py \
-	  test_accuracy.py test_known_answers.py test_torchjd.py test_plots.py)
+	  test_accuracy.py test_known_answers.py test_torchjd.py test_plots.py test_site.py)
 
 # A Python with the extra "bench", which adds TorchJD; without it only our side runs.
 BENCH ?= $(BIN)/python

@@ -22,6 +22,16 @@ PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(p.read_
 PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
 PROCESSES = "jax.distributed.initialize"  # takes several processes
 PROMOTES = "import keras"  # whose layers add vectors to matrices
+# The tests see that notebooks run, not what comes out: they train for less long.
+SHORTER = {
+    "conflict": ("steps=2000", "steps=600"),
+    "front": ("STEPS = 20, 11, 800", "STEPS = 20, 11, 40"),
+    "iwrm": ("EPOCHS, STARTS = 6, 2", "EPOCHS, STARTS = 1, 2"),
+    "own_data": ("STEPS = 400", "STEPS = 40"),
+    "pinn": ("steps=1000", "steps=50"),
+    "quickstart": ("steps=3000", "steps=100"),
+    "which_strategy": ("steps=300", "steps=60"),
+}
 
 
 def test_readme_example_trains_as_it_is_pasted(capsys):
@@ -41,7 +51,10 @@ def test_notebook_runs(path):
         import nbclient
         import nbformat
 
-        notebook = nbformat.read(path, as_version=4)
+        text = path.read_text(encoding="utf-8")
+        long, short = SHORTER.get(path.stem, ("", ""))
+        assert text.count(long) == 1 or not long
+        notebook = nbformat.reads(text.replace(long, short), as_version=4)
         nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any(output.output_type == "display_data" for output in outputs)

@@ -376,7 +376,8 @@ def test_a_step_of_upgrad_takes_two_and_a_half_plain_steps(trunk):
 
 def test_a_step_of_upgrad_holds_one_layer():
     plain, step, args = steps("scan, remat", 4)
-    assert temporary(step, *args) < temporary(plain, *args) + 1e6
+    layer = 2 * 256 * 512 * 4
+    assert temporary(step, *args) < temporary(plain, *args) + 1.1 * layer
 
 
 def main():
