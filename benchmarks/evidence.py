@@ -16,11 +16,12 @@ import tyro
 
 from benchmarks import tables, timing
 from benchmarks.tables import Cells
-from mtl_optax.compare import _command as command, _summary as summary
+from mtl_optax.compare import _command as command, _plots as plots, _summary as summary
 from mtl_optax.compare._comparison import RESULTS, Comparison
 from mtl_optax.compare._selection import EQUAL_WEIGHTS
 
-PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PICTURES = DOCS / "results.md", DOCS / "images" / "compare"
 OUT = Path("results/compare")
 KEPT = timing.RESULTS / "compare"
 WIDTH = 150  # characters of a table
@@ -35,6 +36,7 @@ class Run(NamedTuple):
     target: str
     strategies: tuple[str, ...] = CORE
     settings: str = "--candidates 8"
+    picture: tuple[str, str] | None = None  # one of the report's, and what it shows
 
 
 RUNS = {
@@ -42,6 +44,7 @@ RUNS = {
         "benchmarks.published:helmholtz",
         ("lr_annealing", "grad_norm_weights", "uncertainty", "conflict_free", "relobralo"),
         "--steps 10000 --candidates 2",
+        picture=("gains", "Gains over equal weights on the Helmholtz equation"),
     ),
     "helmholtz": Run(
         "benchmarks.data:helmholtz",
@@ -67,14 +70,26 @@ RUNS = {
         "benchmarks.published:iwrm_fashion", ("upgrad", "mgda", "pcgrad"),
         "--candidates 1",
     ),
-    "movielens": Run("benchmarks.data:movielens", (*CORE, "db_mtl", "conflict_free")),
+    "movielens": Run(
+        "benchmarks.data:movielens", (*CORE, "db_mtl", "conflict_free"),
+        picture=("plane", "AUC of click and like on MovieLens"),
+    ),
     "environments": Run("benchmarks.published:environments"),
-    "qm9_raw": Run("benchmarks.data:qm9"),
+    "qm9_raw": Run("benchmarks.data:qm9", picture=("metrics", "R² of twelve targets of QM9")),
     "qm9": Run("benchmarks.published:qm9"),
     "yeast": Run("benchmarks.data:yeast", (*CORE, "uwso")),
-    "multimnist": Run("benchmarks.data:multimnist", (*CORE, "mgda", "gradnorm")),
-    "mnist_fashion": Run("benchmarks.data:mnist_fashion", (*CORE, "mgda", "gradnorm")),
-    "gradnorm_toy": Run("benchmarks.data:gradnorm_toy", (*CORE, "gradnorm")),
+    "multimnist": Run(
+        "benchmarks.data:multimnist", (*CORE, "mgda", "gradnorm"),
+        picture=("plane", "Accuracies of both digits on MultiMNIST"),
+    ),
+    "mnist_fashion": Run(
+        "benchmarks.data:mnist_fashion", (*CORE, "mgda", "gradnorm"),
+        picture=("plane", "Accuracies of digit and clothing on MNIST+Fashion"),
+    ),
+    "gradnorm_toy": Run(
+        "benchmarks.data:gradnorm_toy", (*CORE, "gradnorm"),
+        picture=("gains", "Gains over equal weights on the toy of GradNorm"),
+    ),
 }  # fmt: skip
 
 
@@ -107,6 +122,8 @@ def section(name: str, comparison: Comparison) -> str:
         f"the {results['settings']['steps']:,} steps. {results['problem']['num_parameters']:,} "
         f"parameters; {results['settings']['seeds']} seeds.",
     ]
+    if (picture := RUNS[name].picture) is not None:
+        lines.append(f"![{picture[1]}](images/compare/{name}.png)")
     return "\n\n".join(lines)
 
 
@@ -154,6 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     found = {name: Comparison.load(KEPT / name / RESULTS) for name in there}
     for name, comparison in found.items():
         page = tables.fill(page, name, section(name, comparison))
+        if (picture := RUNS[name].picture) is not None:
+            file = PICTURES / f"{name}.png"
+            file.write_bytes(plots.draw(comparison.results)[picture[0]])
     page = tables.fill(page, "closing", tables.markdown(closing(found)))
     PAGE.write_text(page, encoding="utf-8")
 

@@ -225,8 +225,16 @@ def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: s
     """Raises unless a numeric option is in its range; traced values pass unchecked."""
     if is_traced(value):
         return
-    if not all(np.all(valid(np.asarray(leaf))) for leaf in jax.tree.leaves(value)):
-        raise ValueError(f"{name}={value}, expected {expected}")
+    for leaf in map(np.asarray, jax.tree.leaves(value)):
+        is_number = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
+        if not (is_number and np.all(valid(leaf))):
+            raise ValueError(f"{name}={value}, expected {expected}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless an option that is on or off is one of the two: "no" would count as on."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value!r}, expected True or False, known when the link is built")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -167,6 +167,23 @@ def test_a_numeric_option_follows_a_schedule(name):
     assert relative_error(update, aggregate(name, MATRIX, LOSSES)[0]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, row in mtl.STRATEGIES.items()
+        for option, default in row.options.items()
+        if isinstance(default, int | float)  # True and False too
+        and option not in ("primary", "reference")  # a task by its place, or by its name
+    ],
+)
+def test_an_option_of_another_type_is_named(name, option):
+    row = mtl.STRATEGIES[name]
+    key = {"key": jax.random.key(0)} if row.stochastic else {}
+    with pytest.raises((TypeError, ValueError), match=f"{option}='?no"):
+        row.factory(num_tasks=3, **{option: "no"}, **key)
+
+
 # Laws of the map from a Jacobian to an update, on given Jacobians.
 
 

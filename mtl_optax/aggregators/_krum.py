@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._min_norm import relative_gramian
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax.links import check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -60,13 +60,15 @@ def krum(
       2017, section 4.
     """
     check_num_tasks(num_tasks)
-    if not 0 <= num_byzantine <= max(num_tasks - 3, 0):
-        raise ValueError(
-            f"num_byzantine={num_byzantine}, expected at least 0 and at most num_tasks - 3 = "
-            f"{num_tasks - 3}: each row needs a neighbour among the others"
-        )
-    if not 1 <= num_selected <= num_tasks:
-        raise ValueError(f"num_selected={num_selected}, expected in [1, {num_tasks}]")
+    most = max(num_tasks - 3, 0)
+    check_option(
+        "num_byzantine", num_byzantine, lambda f: (f >= 0) & (f <= most) & (f % 1 == 0),
+        f"at least 0 and at most num_tasks - 3 = {num_tasks - 3}: each row needs a neighbour",
+    )  # fmt: skip
+    check_option(
+        "num_selected", num_selected, lambda m: (m >= 1) & (m <= num_tasks) & (m % 1 == 0),
+        f"a number of rows in [1, {num_tasks}]",
+    )  # fmt: skip
 
     def init_fn(params):
         del params

@@ -11,7 +11,7 @@ from mtl_optax._lookahead import jacobian_of, trial_step
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over, step_each
-from mtl_optax.links import check_num_tasks, check_option, is_traced, link, per_task
+from mtl_optax.links import check_flag, check_num_tasks, check_option, is_traced, link, per_task
 from mtl_optax.states import PerTask
 
 _START = 0.1
@@ -91,6 +91,7 @@ def scale_by_auto_lambda(
       <https://arxiv.org/abs/2202.03091>`_, 2022, eqs. 4-6.
     """
     check_num_tasks(num_tasks)
+    check_flag("softmax", softmax)
     check_option("learning_rate", learning_rate, lambda rate: rate > 0, "more than 0")
     # Adam's own eps of 1e-8 would slow the weights down where gradients are small.
     optimizer = optimizer or optax.adam(1e-4, eps=1e-15)

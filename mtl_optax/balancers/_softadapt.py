@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import positive_log, softmax_when
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import check_flag, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -82,6 +82,8 @@ def scale_by_softadapt(
       Heydari et al., `SoftAdapt <https://arxiv.org/abs/1912.12355>`_, 2019, section 3.1.
     """
     check_num_tasks(num_tasks)
+    check_flag("normalize", normalize)
+    check_flag("loss_weighted", loss_weighted)
     check_option("beta", beta, lambda b: abs(b) < float("inf"), "a finite number")
     check_option("window", window, lambda w: w >= 1, "at least 1 step")
 

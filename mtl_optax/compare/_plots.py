@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from mtl_optax.compare import _curves as curves, _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
@@ -184,16 +185,30 @@ def plane(results: dict[str, Any]) -> Figure | None:
         colour = "black" if row.kind in ("reference", "baseline") or row.name in first else UP
         axis.errorbar(x, y, xerr=x_half, yerr=y_half, fmt="o", color=colour, elinewidth=0.8)
         names_at.setdefault((float(x), float(y), colour), []).append(plain(row.label))
-    middle = np.mean(axis.get_xlim())
-    for (x, y, colour), here in names_at.items():
-        right = x > middle
-        axis.annotate(
-            ", ".join(here), (x, y), xytext=(-6 if right else 6, 5), textcoords="offset points",
-            ha="right" if right else "left", color=colour, annotation_clip=True, clip_on=True,
-        )  # fmt: skip
+    _name_points(axis, names_at)
     axis.set_xlabel(f"{plain(x_name)}: {_label(results, x_name)}")
     axis.set_ylabel(f"{plain(y_name)}: {_label(results, y_name)}")
     return figure
+
+
+def _name_points(axis: Any, names_at: dict[tuple[float, float, str], list[str]]) -> None:
+    """Writes the names beside their points, where they cover no other name if there is room."""
+    middle, taken = np.mean(axis.get_xlim()), []
+    halo = withStroke(linewidth=2, foreground="white")
+    for (x, y, colour), names in names_at.items():
+        sides = ("left", "right") if x <= middle else ("right", "left")
+        places = [(side, height) for side in sides for height in (5, -14)]
+        for i, (side, height) in enumerate([*places, places[0]]):
+            note = axis.annotate(
+                ", ".join(names), (x, y), xytext=(6 if side == "left" else -6, height),
+                textcoords="offset points", ha=side, color=colour,
+                annotation_clip=True, clip_on=True, path_effects=[halo],
+            )  # fmt: skip
+            box = note.get_window_extent()
+            if i == len(places) or not any(box.overlaps(other) for other in taken):
+                break
+            note.remove()
+        taken.append(box)
 
 
 def _reference_lines(

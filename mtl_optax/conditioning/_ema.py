@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.jacobian._rows import scale_rows
-from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import check_flag, check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
 
@@ -58,6 +58,7 @@ def ema_tasks(
       [[3.0], [3.0]]
     """
     check_num_tasks(num_tasks)
+    check_flag("debias", debias)
     if not callable(decay):
         check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
 

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
 from mtl_optax.fronts._set import set_link
-from mtl_optax.links import per_task
+from mtl_optax.links import check_flag, per_task
 from mtl_optax.metrics import beats, hypervolume
 
 
@@ -77,6 +77,7 @@ def hypervolume_gradient(
       Learning to Predict Pareto Fronts Using Hypervolume Maximization
       <https://arxiv.org/abs/2102.04523>`_, 2021.
     """
+    check_flag("normalize", normalize)
 
     def init_fn(num_models):
         return HypervolumeGradientState(jnp.zeros((num_models, num_tasks), jnp.float32))

@@ -427,9 +427,10 @@ class Jacobian:
             found = self.how_made(result)
         if found is None:
             raise ValueError(
-                "the link does not return the rows that it is given, weighed, or their weighted "
-                "sum, but something else, as graddrop, trimmed_mean, ema_tasks and optimizers do: "
-                "there are no weights to hold"
+                "every got a link that returns neither its rows, weighed, nor their weighted sum, "
+                "so that there are no weights to hold: put ema_tasks and "
+                "drop_nonfinite_tasks before every, match_norm around it and the optimizer after "
+                "it; graddrop and trimmed_mean have no weights"
             )
         scaled, weights = found
         if scaled._scales is None or self._scales is None:
