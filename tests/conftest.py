@@ -1,5 +1,6 @@
 """Settings that every test runs under."""
 
+import gc
 import pathlib
 
 import jax
@@ -7,6 +8,9 @@ import pytest
 
 # Silent broadcasting between ranks has hidden real bugs in (K,) against (K, 1) algebra.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes millions of objects: at Python's pace an eighth of the time goes to collecting them.
+gc.set_threshold(50_000, 10, 10)
 
 
 # `--dist loadfile` hands these out first, or one worker would end with them alone.

@@ -533,7 +533,7 @@ def test_ntk_measures_nothing_while_it_holds():
     update = lambda state: tx.update(EYE, state, losses=jnp.ones(2))[1]  # noqa: E731
     equations = jax.make_jaxpr(update)(tx.init(None)).eqns
     (cond,) = [equation for equation in equations if equation.primitive.name == "cond"]
-    measured, held = (branch.jaxpr.eqns for branch in cond.params["branches"])
+    held, measured = (branch.jaxpr.eqns for branch in cond.params["branches"])
     assert measured
     assert not held
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._branch import where_needed
 from mtl_optax._numerics import divide, wide
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import check_num_tasks, link, per_task
@@ -81,7 +82,7 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
             return balanced(divide(norms, largest, norms) ** 2)
 
         if ntk_traces is None:
-            weights = jax.lax.cond(state.traced > 0, lambda: state.weights, of_the_losses)
+            weights = where_needed(state.traced == 0, of_the_losses, lambda: state.weights)
             return jacobian.scale(weights), NtkState(weights, state.traced)
         traces = per_task("ntk_traces", jax.lax.stop_gradient(ntk_traces), jacobian)
         weights = balanced(traces)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_optax._branch import where_needed
 from mtl_optax._typing import Schedule
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.links import check_num_tasks, conform, is_traced, link
@@ -110,7 +111,7 @@ def every(
 
         is_balancer = isinstance(jax.eval_shape(lambda: ask()[1]), Jacobian)
         # The update is made outside, in one place, whatever is due.
-        scales, weights, weighed, inner_state = jax.lax.cond(due, refresh, rest)
+        scales, weights, weighed, inner_state = where_needed(due, refresh, rest)
         period = jnp.asarray(n(state.count) if callable(n) else n, jnp.int32)
         new_state = EveryState(
             count=jnp.asarray(optax.safe_increment(state.count)),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from mtl_optax._branch import fallback
 from mtl_optax._numerics import divide, power_of_two, underflows, wide
 from mtl_optax.jacobian import _opaque
 from mtl_optax.jacobian._given import GivenRows
@@ -366,7 +367,7 @@ class Jacobian:
             per_leaf = [all_finite(row, tuple(range(1, row.ndim))) for row in rows]
             return jnp.all(jnp.stack(per_leaf), axis=0)
 
-        return finite & jax.lax.cond(none_wrong, lambda: jnp.ones_like(finite), one_by_one)
+        return finite & fallback(~none_wrong, one_by_one, lambda: jnp.ones_like(finite))
 
     def reduce(self, fn: Callable[[list[jax.Array]], list[jax.Array]]) -> Any:
         """What an aggregator that works on entries returns; each head gets its own row.

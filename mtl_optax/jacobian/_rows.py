@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mtl_optax._branch import fallback
 from mtl_optax._compat import explicit_mesh, varying_axes
 from mtl_optax._numerics import dot, power_of_two, wide
 
@@ -43,7 +44,7 @@ def if_finite(
     """The leaves where all of them are finite, else what takes longer and is."""
     finite = [all_finite(leaf) for leaf in leaves if leaf is not None]
     everything = functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
-    return jax.lax.cond(everything, lambda: leaves, otherwise)
+    return fallback(~everything, otherwise, lambda: leaves)
 
 
 def per_row(values: jax.Array, rows: jax.Array) -> jax.Array:
@@ -169,7 +170,7 @@ def scaled_products(
         scales = power_of_two(jnp.sqrt(squares))
         return products / scales[:, None] / scales[None, :], scales, scales
 
-    return jax.lax.cond(jnp.all(in_range), as_they_are, in_units)
+    return fallback(~jnp.all(in_range), in_units, as_they_are)
 
 
 def mixed_products(rows: Sequence[jax.Array], mixing: jax.Array, units: jax.Array) -> jax.Array:

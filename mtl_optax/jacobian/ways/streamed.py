@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mtl_optax._branch import fallback
 from mtl_optax._numerics import wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
@@ -45,7 +46,7 @@ class Streamed(Way):
         # Where the trunk itself is not finite, only rows that were differentiated alone can be told
         # apart.
         finite = jnp.all(jnp.isfinite(products))
-        return Measurement(*jax.lax.cond(finite, lambda: (products, scales * present), one_by_one))
+        return Measurement(*fallback(~finite, one_by_one, lambda: (products, scales * present)))
 
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
