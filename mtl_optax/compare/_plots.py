@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
 from mtl_optax.compare import _curves as curves, _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
@@ -192,8 +193,10 @@ def plane(results: dict[str, Any]) -> Figure | None:
 
 
 def _name_points(axis: Any, names_at: dict[tuple[float, float, str], list[str]]) -> None:
-    """Writes the names beside their points, where they cover no other name if there is room."""
-    middle, taken = np.mean(axis.get_xlim()), []
+    """Writes the names beside their points, where they cover no other if there is room."""
+    middle = np.mean(axis.get_xlim())
+    points = axis.transData.transform([(x, y) for x, y, _ in names_at])
+    taken = [Bbox.from_extents(*(point - 5), *(point + 5)) for point in points]
     halo = withStroke(linewidth=2, foreground="white")
     for (x, y, colour), names in names_at.items():
         sides = ("left", "right") if x <= middle else ("right", "left")
