@@ -8,6 +8,7 @@ the page is filled from what is there.
 import dataclasses
 import shlex
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -114,8 +115,13 @@ def section(name: str, comparison: Comparison) -> str:
     """What the page says of a run: its command, the answer, the table, and what stands beside."""
     results = comparison.results
     moved, told = last_change(results), shlex.join(["mtl-compare", *arguments(name)])
+    told = " \\\n".join(
+        line
+        for part in told.replace(" --", "\n  --").splitlines()
+        for line in textwrap.wrap(part, 88, subsequent_indent="    ")
+    )
     lines = [
-        "```bash\n" + told.replace(" --", " \\\n  --") + "\n```",
+        f"```bash\n{told}\n```",
         comparison.markdown(WIDTH),
         *comparison.notes,
         f"Under equal weights the validation metrics moved by {moved:+.1f} % in the last fifth of "
