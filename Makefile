@@ -22,7 +22,7 @@ test-long: .venv/.installed  ## every strategy over 20,000 steps; 2,000 random p
 
 # The library's own tests with another JAX, and what else WITH names: see CONTRIBUTING.md.
 OTHER = .cache/jax-$(VERSION)
-test-jax: ## make test-jax VERSION=0.8.1 WITH="flax==0.12.2 optax==0.2.6"
+test-jax: ## make test-jax VERSION=0.9.0 WITH="flax==0.12.2 optax==0.2.6"
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet "jax==$(VERSION)" $(WITH) --editable . \
 	  beartype chex equinox jaxtyping matplotlib pytest pytest-xdist rich scipy tyro

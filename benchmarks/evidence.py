@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         page = tables.fill(page, name, section(name, comparison))
         if (picture := RUNS[name].picture) is not None:
             file = PICTURES / f"{name}.png"
-            file.write_bytes(plots.draw(comparison.results)[picture[0]])
+            file.write_bytes(plots.draw(comparison.results, picture[0])[picture[0]])
     page = tables.fill(page, "closing", tables.markdown(closing(found)))
     PAGE.write_text(page, encoding="utf-8")
 

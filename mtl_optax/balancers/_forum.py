@@ -143,9 +143,8 @@ def forum(
 
         # With nu above 0 for all s, and with nu = 0. The value has one slope where they meet, so
         # that the minimiser of either is that of both if it lies on its own side.
-        gramian = sum(
-            sum_over_shards(dot(u, u.T)) for u in (u.reshape(num_tasks, -1) for u in units)
-        )
+        flat = [u.reshape(num_tasks, -1) for u in units]
+        gramian = sum(sum_over_shards(dot(u, u.T)) for u in flat)
         inside = simplex_qp(
             gramian - along[:, None] * along_per_square[None, :], rho * along, present=usable
         )

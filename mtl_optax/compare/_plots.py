@@ -19,8 +19,8 @@ MAX_LABELLED = 5  # strategies with a name in the plane; the others are grey dot
 UP, DOWN, LEVEL = COLOURS[0], COLOURS[1], "#777777"
 
 
-def draw(results: dict[str, Any]) -> dict[str, bytes]:
-    """Every picture as a PNG, by what it shows."""
+def draw(results: dict[str, Any], only: str | None = None) -> dict[str, bytes]:
+    """Every picture as a PNG, or one of them, by what it shows."""
     pictures: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
         "gains": gains,
         "plane": plane,
@@ -30,7 +30,7 @@ def draw(results: dict[str, Any]) -> dict[str, bytes]:
         "cosines": curves.cosines,
         "weights": curves.weights,
     }
-    drawn = {name: _png(picture, results) for name, picture in pictures.items()}
+    drawn = {n: _png(draw, results) for n, draw in pictures.items() if only in (None, n)}
     return {name: content for name, content in drawn.items() if content is not None}
 
 

@@ -196,8 +196,9 @@ def build(setup: Setup, name: str, configs: Config) -> Program:
     )
     arguments = state, configs, source.data, source.first
     compiled = counted = jax.jit(advance).lower(*arguments).compile()
-    if problem.present is not None:
-        # XLA counts both branches, of which one is for gradients of absent tasks that are NaN.
+    if problem.present is not None and name != PLAIN:
+        # XLA counts both branches, of which one is for gradients of absent tasks that are NaN. A
+        # function of its own, or the trace of the one above would be found again.
         with without_fallbacks():
             counted = jax.jit(lambda *args: advance(*args)).lower(*arguments).compile()
     # XLA counts the body of the scan once, so this is one step of all models.

@@ -429,9 +429,9 @@ class Jacobian:
         if found is None:
             raise ValueError(
                 "every got a link that returns neither its rows, weighed, nor their weighted sum, "
-                "so that there are no weights to hold: put ema_tasks and "
-                "drop_nonfinite_tasks before every, match_norm around it and the optimizer after "
-                "it; graddrop and trimmed_mean have no weights"
+                "so that there are no weights to hold: put ema_tasks and drop_nonfinite_tasks "
+                "before every, match_norm around it and the optimizer after it; graddrop and "
+                "trimmed_mean have no weights"
             )
         scaled, weights = found
         if scaled._scales is None or self._scales is None:
