@@ -21,13 +21,14 @@ from benchmarks import (
     accuracy,
     aggregate_time,
     compile_time,
+    launches,
     memory,
     scaling,
     step_time,
     tables,
     timing,
 )
-from benchmarks.steps import PLAIN, WAYS
+from benchmarks.steps import CONTROL, PLAIN, WAYS
 from benchmarks.timing import OURS, PEER
 from mtl_optax.compare._style import COLOURS, MARKERS, STYLE, look
 
@@ -42,10 +43,23 @@ TARGET: dict[str, Any] = {"color": "black", "linestyle": "--", "linewidth": 1.4}
 
 def draw_step_time(results: dict[str, Any]) -> Figure:
     """A panel a workload, a bar a step; the target of each group across its bars."""
-    workloads = results["workloads"]
+    return _draw_steps(results, results["workloads"])
+
+
+def draw_gpu_step_time(results: dict[str, Any]) -> Figure:
+    """The same in milliseconds, which say more where launching is what takes time."""
+    shown = ("mlp-8", "large-mlp-8", "large-transformer-3")
+    return _draw_steps(results, {name: results["workloads"][name] for name in shown}, ms=True)
+
+
+def _draw_steps(results: dict[str, Any], workloads: dict[str, Any], *, ms: bool = False) -> Figure:
     groups = {label: row["group"] for w in workloads.values() for label, row in w["rows"].items()}
-    order = list(dict.fromkeys(way.group for way in WAYS.values()))
-    labels = [label for label in step_time.labels_of(workloads) if groups[label] != PLAIN]
+    order = list(dict.fromkeys([PLAIN, *(way.group for way in WAYS.values())]))
+    labels = [
+        label
+        for label in step_time.labels_of(workloads)
+        if CONTROL not in label and (ms or groups[label] != PLAIN)
+    ]
     shown = sorted(labels, key=lambda label: order.index(groups[label]))
     figure, axes = _panels(len(workloads), len(shown))
     for axis, (name, workload) in zip(axes, workloads.items(), strict=True):
@@ -55,11 +69,12 @@ def draw_step_time(results: dict[str, Any]) -> Figure:
                 for y, label in enumerate(shown)
                 if label in workload["rows"] and label.startswith(framework)
             }
-            ratios = [row["ratio"] for row in rows.values()]
-            quartiles = np.array([row["quartiles"] for row in rows.values()]).reshape(-1, 2)
+            plain = 1e3 * workload["rows"][f"{framework}: {PLAIN}"]["seconds"] if ms else 1.0
+            ratios = plain * np.array([row["ratio"] for row in rows.values()])
+            quartiles = plain * np.array([row["quartiles"] for row in rows.values()]).reshape(-1, 2)
             spread = np.abs(quartiles.T - ratios)
             axis.barh(list(rows), ratios, xerr=spread, label=framework, ecolor="#444444", **bar)
-        for group, limits in step_time.TARGETS.items():
+        for group, limits in step_time.targets_for(results).items():
             if name in limits:
                 ys = [y for y, label in enumerate(shown) if groups[label] == group]
                 axis.vlines(limits[name], min(ys) - 0.5, max(ys) + 0.5, label="target", **TARGET)
@@ -72,9 +87,8 @@ def draw_step_time(results: dict[str, Any]) -> Figure:
         label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
-    figure.supxlabel(
-        "time of a step, in plain summed-loss steps of the same framework", fontsize=10
-    )
+    unit = "milliseconds" if ms else "in plain summed-loss steps of the same framework"
+    figure.supxlabel(f"time of a step, {unit}", fontsize=10)
     return figure
 
 
@@ -167,6 +181,8 @@ PARTS = {
     "compile_time": Part(compile_time, draw_compile_time),
     "scaling": Part(scaling, draw_scaling, "scaling.md"),
     "accuracy": Part(accuracy, None),
+    "gpu/step_time": Part(step_time, draw_gpu_step_time, "gpu.md"),
+    "gpu/launches": Part(launches, None, "gpu.md"),
 }
 
 
@@ -175,13 +191,13 @@ def main() -> None:
     for name, (benchmark, draw, page) in PARTS.items():
         file = timing.RESULTS / f"{name}.json"
         if not file.exists():
-            print(f"{file} is missing: run python -m benchmarks.{name}")
+            print(f"{file} is missing: run python -m {benchmark.__name__} --name {name}")
             continue
         results = json.loads(file.read_text(encoding="utf-8"))
         if draw is not None:
             with plt.rc_context(STYLE):
                 figure = draw(results)
-                figure.savefig(DOCS / "images" / f"{name}.png")
+                figure.savefig(DOCS / "images" / f"{name.replace('/', '_')}.png")
                 plt.close(figure)
         where = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
         parts = [tables.markdown(cells) for cells in benchmark.tables_of(results)]

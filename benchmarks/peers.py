@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
+
 from benchmarks.steps import LEARNING_RATE, PLAIN
 from benchmarks.workloads import Layer, Workload
 
@@ -31,6 +33,8 @@ def steps(torch: Any, workload: Workload) -> dict[str, Step]:
     inputs, labels = workload.batch
     if workload.trunk[0][0] == "conv":
         inputs = inputs.transpose(0, 3, 1, 2)  # PyTorch has channels first
+    torch.set_default_device("cuda" if jax.default_backend() == "gpu" else "cpu")
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on a GPU, as XLA's default is
     inputs, labels = torch.tensor(inputs), torch.tensor(labels).long()
     num_tasks = workload.num_tasks
 

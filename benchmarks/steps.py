@@ -76,14 +76,19 @@ WAYS: dict[str, Way] = {
 class Program:
     """A compiled train step of a workload; every call trains on from where the last one ended.
 
+    Args:
+      workload: what is trained.
+      name: a row of `WAYS`, or `PLAIN`.
+      make: makes the strategy, as `mtl.make` does.
+
     Attributes:
       flops: of the matrix products and convolutions of one step, what a loop does as often as it
         turns; of a link that rests, the mean step's.
       temp_bytes: what the step allocates beside parameters, state and batch, as compiled.
     """
 
-    def __init__(self, workload: Workload, name: str):
-        step, self._state = train_step(workload, name)
+    def __init__(self, workload: Workload, name: str, make: Callable[..., Any] = mtl.make):
+        step, self._state = train_step(workload, name, make)
         self._arguments = jax.device_put((workload.batch, jax.random.key(0)))
         # The optimizer's state is updated in place, as it is in PyTorch.
         jitted = jax.jit(step, donate_argnums=0)
@@ -101,14 +106,16 @@ class Program:
         return losses
 
 
-def train_step(workload: Workload, name: str) -> tuple[Callable[..., Any], Any]:
+def train_step(
+    workload: Workload, name: str, make: Callable[..., Any] = mtl.make
+) -> tuple[Callable[..., Any], Any]:
     """The step `(state, batch, key) -> (state, losses)` of a row, or of `PLAIN`, and its state."""
     way = WAYS.get(name)
     adam = optax.adam(LEARNING_RATE)
     if way is None:
         tx: Any = adam
     else:
-        strategy: Any = mtl.make(way.strategy, workload.num_tasks, key=jax.random.key(0))
+        strategy: Any = make(way.strategy, workload.num_tasks, key=jax.random.key(0))
         if way.group == f"every {EVERY}":
             strategy = mtl.every(EVERY, strategy)
         tx = optax.chain(strategy, adam)

@@ -1,5 +1,6 @@
 """The tables of the cost benchmarks: for the terminal, and as Markdown for the docs."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,8 +38,8 @@ def report(
 ) -> None:
     """Runs a benchmark, keeps its results under `name` and shows its tables."""
     console = Console()
-    results = run(options, console)
-    path = timing.save(name, results)
+    path = timing.save(name, run(options, console))
+    results = json.loads(path.read_text(encoding="utf-8"))
     for cells in tables_of(results):
         show(console, cells)
     console.print(f"results: {path}", soft_wrap=True)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -33,7 +34,7 @@ def interleave(
     The first call of each, which compiles, is not timed. The order is drawn anew each round, and
     the machine rests before each turn: what follows a framework whose threads still spin is slowed
     down. Nothing counts before a call's arrays are ready. A short call is repeated within its turn,
-    after one that only brings its data back to the caches.
+    after one that only brings its data back to the caches; on a GPU the repeats are queued.
 
     Args:
       calls: what to time, by name; each returns what it computes.
@@ -48,7 +49,7 @@ def interleave(
     """
     repeats = {}
     for name, call in calls.items():
-        jax.block_until_ready(call())
+        _wait(call())
         repeats[name] = max(1, round(_LEAST_SECONDS / _seconds(call, 1, clock)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, draw, begin = list(calls), random.Random(0), time.perf_counter()
@@ -59,7 +60,7 @@ def interleave(
         for name in order:
             time.sleep(rest)
             if repeats[name] > 1:
-                jax.block_until_ready(calls[name]())
+                _wait(calls[name]())
             times[name].append(_seconds(calls[name], repeats[name], clock))
     return times
 
@@ -100,14 +101,25 @@ def save(name: str, payload: Mapping[str, Any]) -> Path:
         except metadata.PackageNotFoundError:
             continue
     path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"versions": versions, **payload}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def _seconds(call: Callable[[], Any], repeats: int, clock: Callable[[], float]) -> float:
+    # A GPU works its calls off one after the other, while the next are being launched.
+    queued = jax.default_backend() != "cpu"
     begin = clock()
     for _ in range(repeats):
-        jax.block_until_ready(call())
+        result = call()
+        if not queued:
+            _wait(result)
+    _wait(result)
     return (clock() - begin) / repeats
+
+
+def _wait(result: Any) -> None:
+    jax.block_until_ready(result)
+    if jax.default_backend() == "gpu" and "torch" in sys.modules:
+        sys.modules["torch"].cuda.synchronize()

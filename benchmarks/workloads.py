@@ -117,6 +117,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     "tiny-mlp-3": lambda: mlp(3, widths=(16, 32, 16), batch=8, classes=4),
     "tiny-stacked-mlp-3": lambda: mlp(3, widths=(16, 32, 16), batch=8, classes=4, stacked=True),
     "stacked-mlp-40": lambda: mlp(40, stacked=True),
+    "large-mlp-8": lambda: mlp(8, widths=(2048, 4096, 4096, 2048), batch=4096),
+    "large-transformer-3": lambda: transformer(batch=64, length=256, width=1024),
 }
 
 

@@ -61,7 +61,12 @@ API = (
     ("Solvers", mtl.solvers, mtl.solvers.__all__),
 )  # fmt: skip
 # Measured by the benchmarks, where they have been run.
-MEASURED = {"Results": "results.md", "Cost": "performance.md", "Scaling": "scaling.md"}
+MEASURED = {
+    "Results": "results.md",
+    "Cost": "performance.md",
+    "On a GPU": "gpu.md",
+    "Scaling": "scaling.md",
+}
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":

@@ -35,6 +35,8 @@ _PATIENCE = 6
 _REENTRY = 4.0
 # `converged` means a residual below this many machine epsilons.
 _CONVERGED = 64
+# Up to so many variables are eliminated in place of factorised where kernels have to be launched.
+_FEW = 8
 
 
 class SolverResult(NamedTuple):
@@ -78,7 +80,7 @@ def smallest_ridge(C: jax.Array) -> jax.Array:
 
     def fails(ridge):
         # The bound ends the search when C holds a NaN.
-        return jnp.any(jnp.isnan(jnp.linalg.cholesky(C + ridge * eye))) & (ridge < 1e9)
+        return jnp.any(jnp.isnan(solve(C + ridge * eye, eye[:, :1]))) & (ridge < 1e9)
 
     start = jnp.asarray(4 * C.shape[0] * jnp.finfo(C.dtype).eps, C.dtype)
     return jax.lax.while_loop(fails, lambda ridge: 16 * ridge, start)
@@ -87,8 +89,34 @@ def smallest_ridge(C: jax.Array) -> jax.Array:
 def solve_free(C: jax.Array, ridge: jax.Array, free: jax.Array, rhs: jax.Array) -> jax.Array:
     """Solves (C + ridge I) Y = rhs on the `free` rows and columns; the other rows of Y are 0."""
     block = jnp.where(free[:, None] & free[None, :], C, 0)
-    factor = jnp.linalg.cholesky(block + jnp.diag(jnp.where(free, ridge, 1)))
-    return jsp.linalg.cho_solve((factor, True), jnp.where(free[:, None], rhs, 0))
+    regular = block + jnp.diag(jnp.where(free, ridge, 1))
+    return solve(regular, jnp.where(free[:, None], rhs, 0))
+
+
+def solve(M: jax.Array, rhs: jax.Array) -> jax.Array:
+    """Solves M Y = rhs with M positive definite; Y holds NaN where rounding left M indefinite."""
+    if len(M) > _FEW:
+        return _by_cholesky(M, rhs)
+    return jax.lax.platform_dependent(M, rhs, cpu=_by_cholesky, default=by_elimination)
+
+
+def _by_cholesky(M, rhs):
+    return jsp.linalg.cho_solve((jnp.linalg.cholesky(M), True), rhs)
+
+
+def by_elimination(M: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`solve` by Gauss and Jordan: a kernel a variable, where LAPACK's on a GPU take a dozen calls.
+
+    A positive definite matrix needs no pivoting.
+    """
+    K = len(M)
+    system = jnp.concatenate([M, rhs], axis=1)
+    for k in range(K):
+        pivot = system[k, k]
+        row = system[k : k + 1] / jnp.where(pivot > 0, pivot, jnp.nan)
+        rest = system - system[:, k : k + 1] * row
+        system = jnp.where(jnp.arange(K)[:, None] == k, row, rest)
+    return system[:, K:]
 
 
 def guess(

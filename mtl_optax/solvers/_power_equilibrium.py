@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax.scipy as jsp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide, dot, power_of_two
@@ -112,8 +111,7 @@ def _solve(Q, scales, power, *, max_steps):
         y, _, steps = carry
         # Divided by c on both sides; the ridge acts on the step only, so it leaves no bias.
         hessian = C + jnp.diag(p * y ** (-p - 1) + 4 * K * eps)
-        factor = jnp.linalg.cholesky(hessian)
-        step = -jsp.linalg.cho_solve((factor, True), imbalance(y)[0]) / c
+        step = -_base.solve(hessian, imbalance(y)[0][:, None])[:, 0] / c
         relative = step / y
         rho = jnp.maximum(jnp.max(-relative), 0)
         # t ρ, what the variable that falls fastest loses; never so much as to round to all of it.
