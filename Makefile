@@ -9,14 +9,16 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 demo: .venv/.installed  ## strategies on two problems; tables, plots and reports in results/demo
 	$(BIN)/python -m benchmarks.demo --out results/demo $(ARGS)
 
-test: .venv/.installed  ## lint, types, unit tests, doctests and the notebooks
+test: .venv/.installed  ## lint, types, unit tests, doctests, pages and two notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \
-	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
 
-test-long: .venv/.installed  ## every strategy over 20,000 steps; 2,000 random programs: 70 minutes
+test-long: .venv/.installed  ## the other tests; 20,000 steps of each strategy; 2,000 programs: 80 minutes
+	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \
+	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m long $(ARGS)
 	$(BIN)/python -m tests.long_runs
 	$(BIN)/python -m tests.programs 2000
 
@@ -28,7 +30,7 @@ test-jax: ## make test-jax VERSION=0.9.0 WITH="flax==0.12.2 optax==0.2.6"
 	  beartype chex equinox jaxtyping matplotlib pytest pytest-xdist rich scipy tyro
 	XLA_FLAGS="$$($(OTHER)/bin/python -m tests.xla_flags)" JAX_COMPILATION_CACHE_DIR= \
 	  $(OTHER)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS) \
-	  -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
+	  -m "not long" -W "default::DeprecationWarning" -W "default:Casting complex values" tests mtl_optax $(addprefix --ignore=tests/, \
 	  test_docs.py test_bench.py test_compare.py test_benchmark_data.py test_aggregate_time.py \
 	  test_accuracy.py test_known_answers.py test_torchjd.py test_plots.py test_site.py)
 

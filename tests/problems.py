@@ -36,6 +36,19 @@ def oracle_cases(*names):
     return [pytest.param(case, *arrays(case), id=case) for case in found]
 
 
+def a_third(cases, turn=0):
+    """All the cases, of which `make test` runs every third, from another one each `turn`.
+
+    What a law asks of each strategy takes minutes to compile; `make test-long` runs the others.
+    """
+    found = []
+    for i, case in enumerate(cases):
+        values, marks, name = case if isinstance(case, tuple) else ((case,), (), None)
+        marks = [*marks, pytest.mark.long] if (i - turn) % 3 else marks
+        found.append(pytest.param(*values, marks=marks, id=name))
+    return found
+
+
 def mlp_params(key, sizes=(6, 8, 8), tasks=("a", "b", "c"), dtype=jnp.float32):
     keys = iter(jax.random.split(key, len(sizes) + len(tasks)))
     trunk = [

@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 
 import mtl_optax as mtl
-from tests.problems import compiled_update, oracle_cases, relative_error
+from tests.problems import a_third, compiled_update, oracle_cases, relative_error
 
 EYE = jnp.eye(2)
 
@@ -96,7 +96,7 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("name", LASTING)
+@pytest.mark.parametrize("name", a_third(LASTING))
 def test_trains_for_20_000_steps_beside_tasks_without_a_loss(name):
     """One loss is 0, one negative, one NaN and absent for 1,000 steps."""
     tx = optax.chain(LASTING[name](5), optax.adam(1e-2))
@@ -372,6 +372,7 @@ def test_gradnorm_shares_what_absent_tasks_leave():
     assert after.weights[1] != state.weights[1]
 
 
+@pytest.mark.long
 def test_gradnorm_beats_equal_weights_on_its_own_toy_problem():
     """Chen et al. 2018, section 4: two regressions whose scales differ 100-fold."""
     sigmas, steps, batch = jnp.array([1.0, 100.0]), 1000, 100
@@ -573,7 +574,8 @@ def test_pareto_golden_values(floors, solver, weights, squared_norm):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-9)])
 @pytest.mark.parametrize(
-    ("case", "matrix", "at_zero", "at_half"), oracle_cases("pareto_floor0", "pareto_floor_half")
+    ("case", "matrix", "at_zero", "at_half"),
+    a_third(oracle_cases("pareto_floor0", "pareto_floor_half")),
 )
 def test_pareto_reaches_the_reference_norm(case, matrix, at_zero, at_half, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):

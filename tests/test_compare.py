@@ -748,6 +748,7 @@ def test_the_package_does_without_the_extra():
 # Diagnosis
 
 
+@pytest.mark.long
 def test_the_gradnorm_toy_is_a_matter_of_scale():
     toy = dataclasses.replace(gradnorm_toy(sizes=(600, 64, 64)), jac={"rows": "batched"})
     found = mtl.compare.diagnose(toy, seeds=1, steps=40)

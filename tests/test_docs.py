@@ -22,6 +22,7 @@ PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(p.read_
 PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
 PROCESSES = "jax.distributed.initialize"  # takes several processes
 PROMOTES = "import keras"  # whose layers add vectors to matrices
+QUICK = ("many_devices", "quickstart")  # in `make test`; `make test-long` runs all the others
 # The tests see that notebooks run, not what comes out: they train for less long.
 SHORTER = {
     "conflict": ("steps=2000", "steps=600"),
@@ -44,7 +45,14 @@ def test_readme_example_trains_as_it_is_pasted(capsys):
     assert "weights/buy" in weights
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.long)
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the notebook machinery, not of the library

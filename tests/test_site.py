@@ -75,6 +75,7 @@ def test_what_people_look_for_is_a_heading_and_in_the_search(site):
         assert any(entry["location"] == f"methods/{name}/" for entry in entries)
 
 
+@pytest.mark.long
 @needs_browser
 def test_pages_are_whole_at_both_widths_without_a_network(site):
     methods = {f"/methods/{name}/" for name in mtl.STRATEGIES}  # by one template

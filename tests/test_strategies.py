@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import mtl_optax as mtl
-from tests.problems import mlp_batch, mlp_losses, mlp_params, relative_error, told
+from tests.problems import a_third, mlp_batch, mlp_losses, mlp_params, relative_error, told
 
 TASKS = ("a", "b", "c")
 NAMES = sorted(mtl.STRATEGIES)
@@ -41,7 +41,7 @@ def step_fn(name, optimizer=None, **jac_options):
     return tx, step
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def compiled_step(name):
     """The step, jitted with donated state, and how often it was traced: shared by two tests."""
     tx, step = step_fn(name)
@@ -71,7 +71,7 @@ def test_trains_jitted_with_donated_state_and_one_trace(name):
     assert sum(losses.values()) < sum(first.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", a_third(NAMES, 1))
 def test_runs_in_scan_under_vmap_over_seeds(name):
     _, step = step_fn(name)
     x, y = mlp_batch(jax.random.key(1))
@@ -94,7 +94,7 @@ def test_runs_in_scan_under_vmap_over_seeds(name):
             np.testing.assert_allclose(stacked[1], single, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", a_third(NAMES, 2))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_keeps_the_dtype_of_parameters_and_state(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -110,7 +110,7 @@ def test_keeps_the_dtype_of_parameters_and_state(name, dtype):
             assert weights[1].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", a_third(NAMES))
 def test_exports_for_cpu_cuda_and_tpu(name):
     tx, step = step_fn(name)
     params, batch = mlp_params(jax.random.key(0)), mlp_batch(jax.random.key(1))
@@ -154,7 +154,7 @@ def numeric_option(name):
     return floats, ("num_tasks", *(k for k in options if k not in floats))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if numeric_option(name)[0]])
+@pytest.mark.parametrize("name", a_third([name for name in NAMES if numeric_option(name)[0]]))
 def test_a_numeric_option_follows_a_schedule(name):
     row, ((option,), static) = mtl.STRATEGIES[name], numeric_option(name)
     default = row.options[option]
