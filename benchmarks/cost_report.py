@@ -21,6 +21,7 @@ from benchmarks import (
     accuracy,
     aggregate_time,
     compile_time,
+    helmholtz,
     launches,
     memory,
     scaling,
@@ -181,6 +182,7 @@ PARTS = {
     "compile_time": Part(compile_time, draw_compile_time),
     "scaling": Part(scaling, draw_scaling, "scaling.md"),
     "accuracy": Part(accuracy, None),
+    "helmholtz_full": Part(helmholtz, None, "results.md"),
     "gpu/step_time": Part(step_time, draw_gpu_step_time, "gpu.md"),
     "gpu/launches": Part(launches, None, "gpu.md"),
 }

@@ -54,7 +54,7 @@ class Options:
     """Steps of Adam."""
     seeds: int = 3
     """Seeds of the start and of the points, all in one program."""
-    name: str = "helmholtz"
+    name: str = "helmholtz_full"
     """Name of the file of results."""
 
 

@@ -204,7 +204,3 @@ def _stoppable() -> Iterator[None]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-if __name__ == "__main__":
-    main()
