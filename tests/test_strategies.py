@@ -1,6 +1,7 @@
 """What every strategy of the catalog must do."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -204,6 +205,15 @@ def aggregate(name, matrix, losses):
 
 MATRIX = jax.random.normal(jax.random.key(7), (3, 10)) - 0.3
 LOSSES = jnp.array([0.7, 1.1, 2.0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_products_of_small_matrices_are_in_full_precision(name):
+    """By default a TPU multiplies in bfloat16, a GPU in TensorFloat-32."""
+    step, state = link_step(name)
+    program = str(jax.make_jaxpr(step)(MATRIX, state, LOSSES))
+    products = re.findall(r"dot_general\[(.*?)\n *\]", program, re.DOTALL)
+    assert all("(Precision.HIGHEST, Precision.HIGHEST)" in product for product in products)
 
 
 # Two divide by the root of a second moment plus an epsilon, like Adam; FORUM adds unit gradients of

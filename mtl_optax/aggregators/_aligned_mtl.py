@@ -64,6 +64,10 @@ def aligned_mtl(
       >>> [round(x, 4) for x in updates.tolist()]
       [0.2133, 0.9673, 0.9673]
 
+    The singular values of rows of very unequal norms are found to rounding by LAPACK, on a CPU. The
+    SVD of a GPU is accurate relative to the largest one: where norms are many orders of magnitude
+    apart, it moved an update by 3 %.
+
     Differs from:
       The authors' code sums the aligned rows, K times our mean: `preference=1.0`. It squares the
       condition number of the rows, and drops what their Gramian leaves at the level of rounding.

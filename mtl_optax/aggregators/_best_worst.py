@@ -29,7 +29,7 @@ def mean_of_rows(cosines: jax.Array, norms: jax.Array, present: jax.Array) -> Me
     relative = relative_norms(norms)
     weights = relative * share
     slopes = dot(cosines, weights)
-    square = jnp.vdot(weights, slopes)
+    square = dot(weights, slopes)
     stationary = square <= 4 * norms.size * jnp.finfo(norms.dtype).eps * jnp.sum(weights) ** 2
     length = jnp.where(stationary, 1, jnp.sqrt(jnp.maximum(square, 0)))
     return Mean(relative, share, length, slopes / length, stationary)
@@ -88,9 +88,9 @@ def best_worst(
     # tasks can gain along a unit vector. Where that is below the rounding of the Gramian no μ > 0
     # is attainable; nor is it for a zero row of a task that is present.
     def steepest(weights: jax.Array) -> Ascent:
-        square = jnp.vdot(weights, dot(cosines, weights))
-        seen = square > 4 * ridge * jnp.vdot(weights, weights)
-        eta = jnp.sqrt(jnp.maximum(jnp.vdot(ratios, weights), 1))
+        square = dot(weights, dot(cosines, weights))
+        seen = square > 4 * ridge * dot(weights, weights)
+        eta = jnp.sqrt(jnp.maximum(dot(ratios, weights), 1))
         attainable = seen & jnp.all((mean.relative > 0) | ~present)
         return Ascent(weights, jnp.sqrt(jnp.maximum(square, 0)), jnp.where(attainable, 1 / eta, 0))
 
@@ -107,8 +107,8 @@ def best_worst(
             jnp.where(first, 0, mean.slopes) - jnp.where(first, 1, bound) * ratios,
         )
         lift = solution.x
-        distance = jnp.sqrt(jnp.maximum(jnp.vdot(lift, dot(moves, lift)), 0))
-        gain = jnp.vdot(ratios, lift)  # distance times its derivative in the bound
+        distance = jnp.sqrt(jnp.maximum(dot(lift, dot(moves, lift)), 0))
+        gain = dot(ratios, lift)  # distance times its derivative in the bound
         rounding = eps * (distance + divide(jnp.sum(lift) ** 2, distance))
         excess = distance - radius
         # Convex: from above, Newton's iterates stay above the root.

@@ -74,7 +74,7 @@ def conflict_free(
         error = num_tasks * jnp.finfo(values.dtype).eps * jnp.linalg.norm(aims)
         noise = jnp.sum((2 * jnp.abs(components) + error) * error * inverse)
         solved = (square > noise) & jnp.all(jnp.isfinite(norms))
-        projection = jnp.vdot(relative, reached)
+        projection = dot(relative, reached)
         length = divide(projection, square, projection)
         nothing = (jnp.max(norms) == 0) | (jnp.max(aims) == 0)
         coefficients = length * dot(vectors, inverse * components)

@@ -73,15 +73,15 @@ def _weights(cosines, norms, c, present):
     radius = jnp.sqrt((1 - c) * (1 + c)) / c
 
     def leaves_cone(ascent):
-        return (ascent.gain > 0) & (jnp.vdot(s, ascent.weights) < c * ascent.norm)
+        return (ascent.gain > 0) & (dot(s, ascent.weights) < c * ascent.norm)
 
     def start(ascent, ratios):
         # What the ascent gains at the length at which it has come as far as the mean, where it is
         # outside of the cone. All moves together are 0, so no bound is met beyond the one at which
         # every task gains as much, and at that one only up to rounding.
         weights = mean.relative * mean.share
-        most = divide(jnp.vdot(s, weights), jnp.vdot(ratios, weights))
-        outside = ascent.gain * divide(ascent.norm, jnp.vdot(s, ascent.weights))
+        most = divide(dot(s, weights), dot(ratios, weights))
+        outside = ascent.gain * divide(ascent.norm, dot(s, ascent.weights))
         outside = jnp.minimum(outside, (1 - 64 * s.size * jnp.finfo(s.dtype).eps) * most)
         at_mean = jnp.min(jnp.where(ratios > 0, divide(s, ratios), 1))
         return jnp.where(leaves_cone(ascent), outside, at_mean)
@@ -89,10 +89,10 @@ def _weights(cosines, norms, c, present):
     lift = best_worst(cosines, moves, mean, present, radius, start, nonnegative_qp)
     along = divide(lift.ascent.weights, lift.ascent.norm)
     off = jnp.where(leaves_cone(lift.ascent), lift.weights, 0)
-    shortened = jax.lax.rsqrt(1 + jnp.maximum(jnp.vdot(off, dot(moves, off)), 0))
+    shortened = jax.lax.rsqrt(1 + jnp.maximum(dot(off, dot(moves, off)), 0))
     # Of the unit rows, in units of the mean's norm.
     inside = (lift.ascent.gain > 0) & ~leaves_cone(lift.ascent)
-    own = jnp.where(inside, 0, shortened * (1 - jnp.vdot(off, s)))
+    own = jnp.where(inside, 0, shortened * (1 - dot(off, s)))
     others = jnp.where(inside, along, shortened * off)
     weights = own * mean.share + divide(mean.length * others, mean.relative)
     solved = lift.solved | ~leaves_cone(lift.ascent) | mean.stationary

@@ -105,7 +105,7 @@ def _vaccinate(cosines, targets, orders):
             coefficients, seen = carry
             other = order[position]
             products = dot(cosines, coefficients)
-            length = jnp.sqrt(jnp.maximum(jnp.vdot(coefficients, products), 0))
+            length = jnp.sqrt(jnp.maximum(dot(coefficients, products), 0))
             regular = (length > 0) & (other != task) & (cosines[other, other] > 0)
             cosine = jnp.clip(divide(products[other], length), -1, 1)
             aim = target[other]

@@ -71,7 +71,7 @@ def nash_mtl(
         if max_norm is None:
             return weights, solution.converged
         coefficients = scales * weights
-        square = jnp.vdot(coefficients, dot(products, coefficients))
+        square = dot(coefficients, dot(products, coefficients))
         norm = jnp.sqrt(jnp.maximum(square, 0))
         return Solved(weights, solution.converged, max_norm / jnp.maximum(norm, max_norm))
 

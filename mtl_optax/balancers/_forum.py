@@ -10,7 +10,7 @@ import optax
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
-from mtl_optax.jacobian._rows import max_over_shards, per_row, sum_over_shards
+from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
 from mtl_optax.links import check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
@@ -160,7 +160,7 @@ def forum(
 
         nu = jnp.maximum(dot(shares, rho - along_per_square), 0)
         leaves = [
-            (jnp.tensordot(shares, u, axes=1) + nu * f).astype(leaf.dtype)
+            (mix(shares, u) + nu * f).astype(leaf.dtype)
             for u, f, leaf in zip(units, falls, jax.tree.leaves(fall), strict=True)
         ]
         gradient = nu * rise

@@ -118,7 +118,7 @@ def _two_step(
     system = jnp.block([[gramian, ones], [ones.T, jnp.zeros((1, 1), gramian.dtype)]])
     target = jnp.append(-dot(gramian, floors), room)
     # Duplicate or zero rows make the system singular: the least-norm solution treats them alike.
-    solution = jnp.linalg.pinv(system, hermitian=True) @ target
+    solution = dot(jnp.linalg.pinv(system, hermitian=True), target)
     excess = project_on_simplex(solution[:num_tasks], present, room)
     solved = jnp.all(jnp.isfinite(excess))
     even = jnp.where(present, divide(room, jnp.sum(present)), 0)

@@ -9,6 +9,7 @@ import optax
 from mtl_optax._min_norm import min_norm_weights
 from mtl_optax._numerics import divide
 from mtl_optax.fronts._set import set_link
+from mtl_optax.jacobian._rows import mix
 from mtl_optax.links import check_option
 
 
@@ -108,7 +109,7 @@ def moo_svgd(
         def mixed(descent, push):
             alone = (n,) + (1,) * (descent.ndim - 1)
             descent = jnp.where(finite.reshape(alone), descent, 0)
-            drawn = jnp.tensordot(kernel.astype(descent.dtype), descent, 1)
+            drawn = mix(kernel, descent)
             return (drawn + push) / n
 
         return jax.tree.map(mixed, descents, pushes), MooSvgdState(

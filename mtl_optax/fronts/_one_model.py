@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mtl_optax.jacobian._rows import mix
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -78,7 +80,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
     """
     preference = jnp.asarray(preference)
 
-    def mix(leaf):
+    def mixed(leaf):
         if jnp.shape(leaf)[:1] != preference.shape:
             raise ValueError(
                 f"a parameter has shape {jnp.shape(leaf)} and the preference {preference.shape}, "
@@ -86,9 +88,9 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
             )
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf[0]
-        return jnp.tensordot(preference.astype(leaf.dtype), leaf, 1)
+        return mix(preference, leaf)
 
-    return jax.tree.map(mix, members)
+    return jax.tree.map(mixed, members)
 
 
 def ordering_penalty(

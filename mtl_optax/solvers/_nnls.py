@@ -99,7 +99,7 @@ def _solve(A, b, *, max_steps):
     def violation(x):
         slope = dot(misfit(x), A)
         wrong = jnp.where(x > 0, jnp.abs(slope), slope)
-        rounding = norm * (norm_b + jnp.vdot(norm, jnp.abs(x)))
+        rounding = norm * (norm_b + dot(norm, jnp.abs(x)))
         return divide(wrong, rounding, wrong)
 
     gramian = dot(A.T, A)

@@ -137,7 +137,7 @@ def _solve_scaled(C, q, norm, max_steps):
     def violation(x):
         slope = gradient(x)
         wrong = jnp.where(x > 0, jnp.abs(slope), -slope)
-        rounding = norm * (steepest + jnp.vdot(norm, jnp.abs(x))) + flat_slope
+        rounding = norm * (steepest + dot(norm, jnp.abs(x))) + flat_slope
         return divide(wrong, rounding, wrong)
 
     x, steps = _active_set(C, q, gradient, violation, curved, max_steps)
@@ -189,7 +189,7 @@ def _active_set(C, q, gradient, violation, curved, max_steps):
         better = count < fewest
         clipped = jnp.maximum(goal, 0)
         # A clipped pivot can be far worse than 0 when rows are nearly dependent.
-        useful = better & (jnp.vdot(clipped, gradient(clipped) + q) < 0)
+        useful = better & (dot(clipped, gradient(clipped) + q) < 0)
         best = jnp.where(useful, clipped, jnp.where(better, 0, x))
         fewest = jnp.minimum(count, fewest)
         patience = jnp.where(better, _PATIENCE, patience - 1)

@@ -121,7 +121,7 @@ def _solve(Q, scales, power, *, max_steps):
         return y, jnp.max(jnp.abs(relative)), steps + 1
 
     # The minimiser along the ray of c, no further than rounding can tell.
-    bend = jnp.maximum(jnp.vdot(c, dot(C, c)) / jnp.vdot(c, c), K * eps)
+    bend = jnp.maximum(dot(c, dot(C, c)) / dot(c, c), K * eps)
     y = jnp.full(K, bend ** (-1 / (p + 1)), dtype)
     start = (y, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
     y, _, steps = jax.lax.while_loop(unsolved, body, start)

@@ -160,27 +160,27 @@ def _solve(Q, q, floors, total, present, *, max_steps):
         M = C + normal[:, None] * normal[None, :]
         # Free of its multiple of a, which the constraint absorbs, the slope is small near the end.
         slope = gradient(x)
-        slope = slope - jnp.vdot(x - lower, slope) / span * a
+        slope = slope - dot(x - lower, slope) / span * a
         u, v = _base.solve_free(M, ridge, free, jnp.stack([slope, a], axis=1)).T
-        v = divide(v, jnp.vdot(a, v), v)
-        missing = total - jnp.vdot(a, x)
-        step = (missing + jnp.vdot(a, u)) * v - u
+        v = divide(v, dot(a, v), v)
+        missing = total - dot(a, x)
+        step = (missing + dot(a, u)) * v - u
         # Where u is large the sum was rounded away; once more restores it.
-        return x + step + (missing - jnp.vdot(a, step)) * v
+        return x + step + (missing - dot(a, step)) * v
 
     def violation(x):
         y = a * (x - lower) / span
         g = s * gradient(x)
         h = s * (dot(jnp.abs(C), jnp.abs(x) + eps * room * s) + jnp.abs(q))
         least = jnp.min(jnp.where(present, g, jnp.inf))
-        multiplier = jnp.where(room > 0, jnp.vdot(y, g), least)
-        rounding = jnp.vdot(jnp.abs(y), h) + h
+        multiplier = jnp.where(room > 0, dot(y, g), least)
+        rounding = dot(jnp.abs(y), h) + h
         rise = jnp.where(present, multiplier - g, 0)
         return divide(rise, rounding, rise)
 
     free, steps = _base.guess(lower, target, violation, max_steps)
     y = jnp.maximum(target(lower, free) - lower, 0)
-    mass = jnp.vdot(a, y)
+    mass = dot(a, y)
     even = jnp.where(present, s * divide(room, jnp.sum(present), room), 0)
     y = jnp.where(mass > 0, y * divide(room, mass), even)
     x, steps = _base.active_set(lower + y, lower, target, violation, steps, max_steps)
