@@ -221,6 +221,10 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
+# What the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
+BELOW_ONE = (lambda x: (x >= 0) & (x < 1), "in [0, 1)")
+
+
 def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: str) -> None:
     """Raises unless a numeric option is in its range; traced values pass unchecked."""
     if is_traced(value):

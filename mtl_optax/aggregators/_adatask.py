@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
 
@@ -70,7 +70,7 @@ def adatask(
     """
     check_num_tasks(num_tasks)
     for name, beta in (("b1", b1), ("b2", b2)):
-        check_option(name, beta, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+        check_option(name, beta, *BELOW_ONE)
     check_option("eps", eps, lambda e: e >= 0, "at least 0")
 
     def init_fn(params):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.aggregators._mgda import mgda
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -62,7 +62,7 @@ def cr_mogm(
       Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_, NeurIPS 2022, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("decay", decay, lambda a: (a >= 0) & (a < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
     inner = optax.with_extra_args_support(aggregator or mgda(num_tasks))
 
     def init_fn(params):

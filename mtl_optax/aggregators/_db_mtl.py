@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.conditioning import ema_tasks, log_losses
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -62,7 +62,7 @@ def db_mtl(
       2023, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
     check_option("decay_sigma", decay_sigma, lambda s: s >= 0, "at least 0")
     return optax.chain(
         log_losses(num_tasks),

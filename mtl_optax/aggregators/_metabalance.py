@@ -9,6 +9,7 @@ import optax
 from mtl_optax.aggregators._base import towards
 from mtl_optax.jacobian._rows import mix, row_norms
 from mtl_optax.links import (
+    BELOW_ONE,
     check_num_tasks,
     check_option,
     check_params,
@@ -74,7 +75,7 @@ def metabalance(
     """
     check_num_tasks(num_tasks)
     check_option("relax_factor", relax_factor, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         check_params(params)

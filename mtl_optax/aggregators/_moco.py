@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import dot
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
 from mtl_optax.conditioning import ema_tasks
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -75,7 +75,7 @@ def moco(
       <https://openreview.net/forum?id=dLAYGdKTi2>`_, ICLR 2023, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
     check_option("gamma", gamma, lambda g: g > 0, "more than 0")
     for name, value in (("decay_sigma", decay_sigma), ("gamma_sigma", gamma_sigma), ("rho", rho)):
         check_option(name, value, lambda x: x >= 0, "at least 0")

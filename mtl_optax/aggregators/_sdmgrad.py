@@ -10,7 +10,14 @@ from mtl_optax._numerics import dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._modo import batches
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
-from mtl_optax.links import check_num_tasks, check_option, link, preference_vector, presence
+from mtl_optax.links import (
+    BELOW_ONE,
+    check_num_tasks,
+    check_option,
+    link,
+    preference_vector,
+    presence,
+)
 from mtl_optax.states import PerTask
 
 
@@ -81,7 +88,7 @@ def sdmgrad(
     check_num_tasks(num_tasks)
     check_option("pull", pull, lambda x: x >= 0, "at least 0")
     check_option("learning_rate", learning_rate, lambda x: x > 0, "more than 0")
-    check_option("momentum", momentum, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
+    check_option("momentum", momentum, *BELOW_ONE)
     check_option("num_steps", num_steps, lambda x: x >= 1, "at least 1")
     if preference is not None:
         check_option("preference", preference, lambda x: x >= 0, "at least 0")

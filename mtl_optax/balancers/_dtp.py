@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
 # Keeps log away from 0, and the weight of a solved task from vanishing for good.
@@ -71,7 +71,7 @@ def scale_by_dtp(
     """
     check_num_tasks(num_tasks)
     check_option("gamma", gamma, lambda g: g >= 0, "at least 0")
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         del params

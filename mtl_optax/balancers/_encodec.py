@@ -11,7 +11,7 @@ from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.jacobian._rows import sum_over_shards
-from mtl_optax.links import check_flag, check_num_tasks, check_option, link, per_task
+from mtl_optax.links import BELOW_ONE, check_flag, check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
 
@@ -75,7 +75,7 @@ def scale_by_encodec(
     check_num_tasks(num_tasks)
     check_flag("per_example", per_example)
     check_option("shares", shares, lambda s: s >= 0, "at least 0")
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
     if total_norm is not None:
         check_option("total_norm", total_norm, lambda r: r > 0, "more than 0")
 

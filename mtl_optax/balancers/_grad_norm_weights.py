@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_choice, check_num_tasks, check_option, link
+from mtl_optax.links import BELOW_ONE, check_choice, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 TARGETS = ("mean", "sum")
@@ -64,7 +64,7 @@ def scale_by_grad_norm_weights(
     """
     check_num_tasks(num_tasks)
     check_choice("to", to, TARGETS)
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         del params

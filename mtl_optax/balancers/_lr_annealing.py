@@ -9,7 +9,14 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian._rows import magnitudes
-from mtl_optax.links import check_flag, check_num_tasks, check_option, link, task_position
+from mtl_optax.links import (
+    BELOW_ONE,
+    check_flag,
+    check_num_tasks,
+    check_option,
+    link,
+    task_position,
+)
 from mtl_optax.states import PerTask
 
 
@@ -86,7 +93,7 @@ def scale_by_lr_annealing(
     """
     check_num_tasks(num_tasks)
     check_flag("layerwise", layerwise)
-    check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+    check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         del params

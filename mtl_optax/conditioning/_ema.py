@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.jacobian._rows import scale_rows
-from mtl_optax.links import check_flag, check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import (
+    BELOW_ONE,
+    check_flag,
+    check_num_tasks,
+    check_option,
+    keep_finite,
+    link,
+    task_zeros,
+)
 from mtl_optax.states import PerTask
 
 
@@ -60,7 +68,7 @@ def ema_tasks(
     check_num_tasks(num_tasks)
     check_flag("debias", debias)
     if not callable(decay):
-        check_option("decay", decay, lambda b: (b >= 0) & (b < 1), "in [0, 1)")
+        check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         return EmaTasksState(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide
-from mtl_optax.links import check_option
+from mtl_optax.links import BELOW_ONE, check_option
 from mtl_optax.losses._points import PointWeights, conform, sizes, start
 
 
@@ -59,7 +59,7 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
       <https://arxiv.org/abs/2407.01613>`_, 2024.
     """
     for name, value in (("decay", decay), ("residual_decay", residual_decay)):
-        check_option(name, value, lambda d: (d >= 0) & (d < 1), "at least 0 and less than 1")
+        check_option(name, value, *BELOW_ONE)
 
     def init(residuals):
         count = jnp.zeros([], jnp.int32)
