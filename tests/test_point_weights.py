@@ -154,7 +154,7 @@ def test_mistakes_say_what_is_wrong():
         losses.rba().update(jnp.ones(2, int), losses.rba().init(jnp.ones(2)))
     with pytest.raises(ValueError, match=r"decay=1\.5, expected from 0 to 1"):
         losses.rba(decay=1.5)
-    with pytest.raises(ValueError, match="residual_decay=1, expected at least 0 and less than 1"):
+    with pytest.raises(ValueError, match="residual_decay=1, expected in \\[0, 1\\)"):
         losses.brdr(residual_decay=1)
     with pytest.raises(ValueError, match=r"losses is a scalar, expected \(\.\.\., C\)"):
         losses.causal_weights(0.3)
