@@ -227,4 +227,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    timing.keep_memory()
     main()

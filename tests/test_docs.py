@@ -22,7 +22,9 @@ PAGES = [p for p in sorted((ROOT / "docs").glob("*.md")) if BLOCK.search(p.read_
 PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
 PROCESSES = "jax.distributed.initialize"  # takes several processes
 PROMOTES = "import keras"  # whose layers add vectors to matrices
-QUICK = ("many_devices", "quickstart")  # in `make test`; `make test-long` runs all the others
+# In `make test`; `make test-long` runs the other notebooks, and the pages that take longest.
+QUICK = ("many_devices", "quickstart")
+SLOW = ("compare", "loops")
 # The tests see that notebooks run, not what comes out: they train for less long.
 SHORTER = {
     "conflict": ("steps=2000", "steps=600"),
@@ -45,14 +47,15 @@ def test_readme_example_trains_as_it_is_pasted(capsys):
     assert "weights/buy" in weights
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[] if path.stem in QUICK else pytest.mark.long)
-        for path in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
-)
+def stem(path):
+    return path.stem
+
+
+def long_if(path, slow):
+    return pytest.param(path, marks=[pytest.mark.long] if slow else [])
+
+
+@pytest.mark.parametrize("path", [long_if(p, p.stem not in QUICK) for p in NOTEBOOKS], ids=stem)
 def test_notebook_runs(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the notebook machinery, not of the library
@@ -86,7 +89,7 @@ def execute(text, file, scope):
         assert raised.type.__name__ == kind
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [long_if(p, p.stem in SLOW) for p in PAGES], ids=stem)
 def test_page_runs(path, monkeypatch):
     monkeypatch.setattr(catalog, "STRATEGIES", dict(mtl.STRATEGIES))  # a page may register its own
     execute(path.read_text(encoding="utf-8"), str(path), {"__name__": "page"})

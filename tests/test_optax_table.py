@@ -364,7 +364,7 @@ def test_every_wrapper_of_optax_has_a_row():
     )
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("name", a_third(TRANSFORMS, 1))
 def test_before_the_aggregator_nothing_computes_on_a_jacobian(name):
     skip_unless_installed(name)
     params, extra = params_for(name), extra_args(name)
