@@ -43,7 +43,8 @@ def a_third(cases, turn=0):
     """
     found = []
     for i, case in enumerate(cases):
-        values, marks, name = case if isinstance(case, tuple) else ((case,), (), None)
+        plain = case if isinstance(case, tuple) else (case,)
+        values, marks, name = case if hasattr(case, "marks") else (plain, (), None)
         marks = [*marks, pytest.mark.long] if (i - turn) % 3 else marks
         found.append(pytest.param(*values, marks=marks, id=name))
     return found

@@ -59,6 +59,7 @@ def test_real_data_set_is_whole(name):
             assert seen.size > 0.1 * label.size
 
 
+@pytest.mark.long
 def test_movielens_click_like_and_rating(stand_in):
     ratings = [(user, item, (user + item) % 5 + 1) for user in range(1, 11) for item in (1, 2, 3)]
     users = "\n".join(f"{u}\t{20 + u}\tF\tartist\t1" for u in range(1, 11))

@@ -14,7 +14,7 @@ import mtl_optax as mtl
 from benchmarks.flops import flops
 from mtl_optax._compat import body_of, is_jaxpr
 from mtl_optax.jacobian.ways import auto
-from tests.problems import relative_error
+from tests.problems import a_third, relative_error
 
 
 def block(h, layer):
@@ -107,7 +107,7 @@ def streamed(losses, *args, **options):
     return np.asarray(jax.jit(read)(*args)), plans[0]
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("trunk", a_third(TRUNKS))
 def test_it_is_exact_wherever_the_layers_are(trunk):
     with jax.enable_x64(True):
         losses, params, x = network(trunk, dtype=jnp.float64)
@@ -153,6 +153,7 @@ def transformer(params, tokens, width=16):
     return [-jnp.mean(chance[:, i::4]) * 3**i for i in range(4)]
 
 
+@pytest.mark.long
 def test_a_scanned_transformer_in_bfloat16():
     keys = iter(jax.random.split(jax.random.key(0), 8))
     draw = lambda *shape: jax.random.normal(next(keys), shape, jnp.bfloat16) / 4  # noqa: E731
@@ -343,14 +344,16 @@ def temporary(fn, *args):
 
 @pytest.mark.parametrize(
     ("trunk", "num_tasks", "batch", "way"),
-    [
-        ("list", 4, 4, "ghost"),
-        ("list, remat", 4, 4, "streamed ghost"),
-        ("w[i]", 4, 4, "streamed ghost"),
-        ("scan, remat", 4, 4, "streamed ghost"),
-        ("scan", 2, 64, "rows"),  # more examples than inputs: a pass more saves no multiplications
-        ("scan", 12, 64, "streamed rows"),
-    ],
+    a_third(
+        [
+            ("list", 4, 4, "ghost"),
+            ("list, remat", 4, 4, "streamed ghost"),
+            ("w[i]", 4, 4, "streamed ghost"),
+            ("scan, remat", 4, 4, "streamed ghost"),
+            ("scan", 2, 64, "rows"),  # more examples than inputs: a pass more saves nothing
+            ("scan", 12, 64, "streamed rows"),
+        ]
+    ),
 )
 def test_auto_streams_where_that_saves_what_it_takes(trunk, num_tasks, batch, way, monkeypatch):
     losses, params, x = network(trunk, num_tasks, batch=batch)
