@@ -10,7 +10,6 @@ import time
 from typing import Any, Literal
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import Progress
 
@@ -95,10 +94,7 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m benchmarks.compile_time", description=__doc__
-    )
-    tables.report(options.name, run, tables_of, options)
+    tables.command(Options, run, tables_of, argv)
 
 
 if __name__ == "__main__":

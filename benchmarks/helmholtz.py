@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -165,10 +164,7 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m benchmarks.helmholtz", description=__doc__
-    )
-    tables.report(options.name, run, tables_of, options)
+    tables.command(Options, run, tables_of, argv)
 
 
 if __name__ == "__main__":

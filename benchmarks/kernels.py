@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 
 import mtl_optax as mtl
@@ -106,8 +105,7 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(Options, args=argv, prog="python -m benchmarks.kernels", description=__doc__)
-    tables.report(options.name, run, tables_of, options)
+    tables.command(Options, run, tables_of, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import optax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -33,6 +32,8 @@ class Options:
     """Columns of the sketch."""
     draws: int = 5
     """Sketches of each."""
+    name: str = "sketch_error"
+    """Name of the file of results."""
 
 
 def cosines(
@@ -79,10 +80,7 @@ def tables_of(results: dict[str, Any]) -> list[Cells]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m benchmarks.sketch_error", description=__doc__
-    )
-    tables.report("sketch_error", run, tables_of, options)
+    tables.command(Options, run, tables_of, argv)
 
 
 if __name__ == "__main__":

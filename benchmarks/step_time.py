@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -220,10 +219,7 @@ def _against(targets: dict[str, dict[str, float]], workloads: dict[str, Any]) ->
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    options = tyro.cli(
-        Options, args=argv, prog="python -m benchmarks.step_time", description=__doc__
-    )
-    tables.report(options.name, run, tables_of, options)
+    tables.command(Options, run, tables_of, argv)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +30,19 @@ def show(console: Console, cells: Cells) -> None:
     for row in cells.rows:
         view.add_row(*row)
     console.print(view)
+
+
+def command(
+    options: type,
+    run: Callable[[Any, Console], dict[str, Any]],
+    tables_of: Callable[[dict[str, Any]], list[Cells]],
+    argv: list[str] | None,
+) -> None:
+    """The command line of the benchmark that `run` belongs to; its options have a `name`."""
+    module = sys.modules[run.__module__]
+    prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
+    chosen = tyro.cli(options, args=argv, prog=prog, description=module.__doc__)
+    report(chosen.name, run, tables_of, chosen)
 
 
 def report(

@@ -221,8 +221,9 @@ def is_traced(value: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
 
 
-# What the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
+# What a share or the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
 BELOW_ONE = (lambda x: (x >= 0) & (x < 1), "in [0, 1)")
+UP_TO_ONE = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
 def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: str) -> None:

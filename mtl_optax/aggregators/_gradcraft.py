@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.aggregators._base import pseudo_solve, relative_norms, towards
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, running_mean
+from mtl_optax.links import BELOW_ONE, UP_TO_ONE, check_num_tasks, check_option, link, running_mean
 from mtl_optax.states import PerTask
 
 
@@ -74,7 +74,7 @@ def gradcraft(
       Crafting <https://arxiv.org/abs/2407.19682>`_, KDD 2024.
     """
     check_num_tasks(num_tasks)
-    check_option("relax_factor", relax_factor, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
+    check_option("relax_factor", relax_factor, *UP_TO_ONE)
     check_option("margin", margin, lambda e: e >= 0, "at least 0")
     check_option("decay", decay, *BELOW_ONE)
 

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import check_key, check_num_tasks, check_option, link, per_task
+from mtl_optax.links import UP_TO_ONE, check_key, check_num_tasks, check_option, link, per_task
 
 
 class GraddropState(NamedTuple):
@@ -63,7 +63,7 @@ def graddrop(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("leak", leak, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+    check_option("leak", leak, *UP_TO_ONE)
 
     def init_fn(params):
         del params

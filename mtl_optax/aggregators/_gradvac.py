@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax.aggregators._base import random_orders
-from mtl_optax.links import check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax.links import UP_TO_ONE, check_key, check_num_tasks, check_option, keep_finite, link
 from mtl_optax.states import PerPair, PerTask
 
 
@@ -68,7 +68,7 @@ def gradvac(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("decay", decay, lambda b: (b >= 0) & (b <= 1), "in [0, 1]")
+    check_option("decay", decay, *UP_TO_ONE)
 
     def init_fn(params):
         del params

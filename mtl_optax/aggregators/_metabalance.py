@@ -10,6 +10,7 @@ from mtl_optax.aggregators._base import towards
 from mtl_optax.jacobian._rows import mix, row_norms
 from mtl_optax.links import (
     BELOW_ONE,
+    UP_TO_ONE,
     check_num_tasks,
     check_option,
     check_params,
@@ -74,7 +75,7 @@ def metabalance(
       of Auxiliary Tasks <https://arxiv.org/abs/2203.06801>`_, 2022, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("relax_factor", relax_factor, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
+    check_option("relax_factor", relax_factor, *UP_TO_ONE)
     check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):

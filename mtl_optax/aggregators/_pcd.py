@@ -8,7 +8,15 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, per_task, task_position
+from mtl_optax.links import (
+    BELOW_ONE,
+    UP_TO_ONE,
+    check_num_tasks,
+    check_option,
+    link,
+    per_task,
+    task_position,
+)
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 from mtl_optax.states import PerTask
 
@@ -75,7 +83,7 @@ def pcd(
       2026, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("tau", tau, lambda t: (t >= 0) & (t <= 1), "in [0, 1]")
+    check_option("tau", tau, *UP_TO_ONE)
     check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over
-from mtl_optax.links import check_key, check_num_tasks, check_option, link
+from mtl_optax.links import UP_TO_ONE, check_key, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -79,9 +79,9 @@ def scale_by_relobralo(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("decay", decay, lambda a: (a >= 0) & (a <= 1), "in [0, 1]")
+    check_option("decay", decay, *UP_TO_ONE)
     check_option("temperature", temperature, lambda t: t > 0, "more than 0")
-    check_option("rho", rho, lambda r: (r >= 0) & (r <= 1), "in [0, 1]")
+    check_option("rho", rho, *UP_TO_ONE)
 
     def init_fn(params):
         del params

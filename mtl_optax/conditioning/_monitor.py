@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import UP_TO_ONE, check_num_tasks, check_option, link
 from mtl_optax.states import PerPair, PerTask
 
 
@@ -55,7 +55,7 @@ def monitor_tasks(num_tasks: int, *, decay: float = 0.99) -> optax.GradientTrans
        'overflows/a': 0.0, 'overflows/b': 0.0}
     """
     check_num_tasks(num_tasks)
-    check_option("decay", decay, lambda b: (b >= 0) & (b <= 1), "in [0, 1]")
+    check_option("decay", decay, *UP_TO_ONE)
 
     def init_fn(params):
         del params
