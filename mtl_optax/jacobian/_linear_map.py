@@ -199,15 +199,17 @@ class Heads:
         read = all_read(self._program.parts.trunk)
         return [i for i in leaves if self._program.leaves[i] in read]
 
-    def unit(self) -> tuple["Heads", jax.Array]:
+    def unit(self, leaves: Sequence[int]) -> tuple["Heads", jax.Array]:
         """The heads of diag(1/s) J, whose entries are at most 2, and s `(K,)`.
 
         All s are powers of two, so nothing is rounded; squares of what follows do not overflow.
+        What the heads pass back to other leaves than those is left out.
         """
+        at_leaves = [blocks if i in leaves else {} for i, blocks in enumerate(self.at_leaves)]
         dtypes = [wide(group.aval.dtype) for group in self._program.groups]
         dtype = functools.reduce(jnp.promote_types, dtypes)
         largest = [jnp.zeros(len(tasks), dtype) for tasks in self._program.tasks]
-        for blocks in (*self.at_leaves, *self.at_trunk):
+        for blocks in (*at_leaves, *self.at_trunk):
             for i, block in blocks.items():
                 here = jnp.max(jnp.abs(block), axis=range(1, block.ndim), initial=0)
                 largest[i] = jnp.maximum(largest[i], here.astype(dtype))
@@ -216,7 +218,7 @@ class Heads:
         def scaled(at: list[dict[int, jax.Array]]) -> list[dict[int, jax.Array]]:
             return [{i: scale_rows(b, 1 / scales[i]) for i, b in each.items()} for each in at]
 
-        heads = Heads(self.linear, scaled(self.at_leaves), scaled(self.at_trunk))
+        heads = Heads(self.linear, scaled(at_leaves), scaled(self.at_trunk))
         return heads, jnp.concatenate(scales)
 
     @property

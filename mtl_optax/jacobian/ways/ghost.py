@@ -69,11 +69,13 @@ class Ghost(Way):
         del rows_of  # the cotangents of all layers come from one set of passes
         linear, taps = heads.linear, self.taps(heads.linear, layout.measured)
         uses = list(itertools.chain(*taps.values()))
-        cut_heads, unit = _cut(heads, uses).unit()
+        from_rows = [i for i in layout.measured_leaves if i not in taps]
+        tapped = range(layout.num_leaves, layout.num_leaves + len(uses))
+        cut_heads, unit = _cut(heads, uses).unit([*from_rows, *tapped])
         rows = cut_heads.rows(layout.row_mode)
         # One barrier each: together they would all be held at once.
         rows = [jax.lax.optimization_barrier(row) for row in rows]
-        plain = {i: rows[i] for i in layout.measured_leaves if i not in taps}
+        plain = {i: rows[i] for i in from_rows}
         deltas = rows[layout.num_leaves :]
 
         held = list(plain.values())

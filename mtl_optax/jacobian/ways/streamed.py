@@ -68,8 +68,8 @@ def _stream(
 ) -> tuple[jax.Array, jax.Array]:
     """M and s of the Gramian diag(s) M diag(s); what it takes is noted in `walks`."""
     num_tasks, present = layout.num_tasks, heads.linear.present
-    heads, scales = heads.unit()
     measured = [i for i in layout.measured_leaves if layout.leaf_avals[i].size]
+    heads, scales = heads.unit(measured)
     dtypes = [wide(layout.leaf_avals[i].dtype) for i in measured]
     dtype = functools.reduce(jnp.promote_types, dtypes, layout.dtype)
     met, own = heads.met(), heads.own(measured)
