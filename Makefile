@@ -9,12 +9,13 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.3
 demo: .venv/.installed  ## strategies on two problems; tables, plots and reports in results/demo
 	$(BIN)/python -m benchmarks.demo --out results/demo $(ARGS)
 
-test: .venv/.installed  ## lint, types, unit tests, doctests, pages and two notebooks
+test: .venv/.installed  ## lint, types, unit tests, doctests, pages and a notebook
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright & types=$$!; \
 	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \
-	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS)
+	  $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long" $(ARGS); \
+	tests=$$?; wait $$types && exit $$tests
 
 test-long: .venv/.installed  ## the other tests; 20,000 steps of each strategy; 2,000 programs: 80 minutes
 	XLA_FLAGS="$$($(BIN)/python -m tests.xla_flags)" \

@@ -36,8 +36,8 @@ def oracle_cases(*names):
     return [pytest.param(case, *arrays(case), id=case) for case in found]
 
 
-def a_third(cases, turn=0):
-    """All the cases, of which `make test` runs every third, from another one each `turn`.
+def a_fifth(cases, turn=0):
+    """All the cases, of which `make test` runs every fifth, from another one each `turn`.
 
     What a law asks of each strategy takes minutes to compile; `make test-long` runs the others.
     """
@@ -45,7 +45,7 @@ def a_third(cases, turn=0):
     for i, case in enumerate(cases):
         plain = case if isinstance(case, tuple) else (case,)
         values, marks, name = case if hasattr(case, "marks") else (plain, (), None)
-        marks = [*marks, pytest.mark.long] if (i - turn) % 3 else marks
+        marks = [*marks, pytest.mark.long] if (i - turn) % 5 else marks
         found.append(pytest.param(*values, marks=marks, id=name))
     return found
 

@@ -181,8 +181,9 @@ def runs(two_processes):
         yield "processes upgrad shard_map", "upgrad", (2, 2), {}, True
         return
     for layout, shape in LAYOUTS.items():
-        for strategy in ("plain", "uncertainty", "upgrad", "graddrop"):
+        for strategy in ("plain", "uncertainty", "upgrad"):
             yield f"{layout} {strategy}", strategy, shape, {}, False
+    yield "both graddrop", "graddrop", LAYOUTS["both"], {}, False
     yield "both groups", "groups", LAYOUTS["both"], {}, False
     for modes in MODES:
         yield f"both upgrad {''.join(modes.values())}", "upgrad", LAYOUTS["both"], modes, False

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import mtl_optax as mtl
-from tests.problems import a_third
+from tests.problems import a_fifth
 
 ONES = jnp.ones(2)
 X = jax.random.normal(jax.random.key(0), (5, 3))
@@ -348,7 +348,7 @@ sowing = pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning
 
 
 @sowing
-@pytest.mark.parametrize("name", a_third(CASES, 1))
+@pytest.mark.parametrize("name", a_fifth(CASES, 1))
 def test_a_module_is_taken_as_nnx_value_and_grad_takes_it(name):
     case = CASES[name]
     ours, theirs = case.objects(), case.objects()
@@ -362,7 +362,7 @@ def test_a_module_is_taken_as_nnx_value_and_grad_takes_it(name):
 
 
 @sowing
-@pytest.mark.parametrize("name", a_third(CASES))
+@pytest.mark.parametrize("name", a_fifth(CASES))
 def test_an_nnx_optimizer_trains_it_as_a_loop_over_its_arrays_does(name):
     case = CASES[name]
     strategy = lambda: optax.chain(mtl.mgda(2), optax.sgd(0.1, momentum=0.9))  # noqa: E731

@@ -10,7 +10,7 @@ import pytest
 import scipy.optimize
 
 import mtl_optax as mtl
-from tests.problems import a_third, compiled_update, oracle_cases, relative_error
+from tests.problems import a_fifth, compiled_update, oracle_cases, relative_error
 
 EYE = jnp.eye(2)
 
@@ -96,7 +96,7 @@ LASTING = {
 }
 
 
-@pytest.mark.parametrize("name", a_third(LASTING))
+@pytest.mark.parametrize("name", a_fifth(LASTING))
 def test_trains_for_20_000_steps_beside_tasks_without_a_loss(name):
     """One loss is 0, one negative, one NaN and absent for 1,000 steps."""
     tx = optax.chain(LASTING[name](5), optax.adam(1e-2))
@@ -575,7 +575,7 @@ def test_pareto_golden_values(floors, solver, weights, squared_norm):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-9)])
 @pytest.mark.parametrize(
     ("case", "matrix", "at_zero", "at_half"),
-    a_third(oracle_cases("pareto_floor0", "pareto_floor_half")),
+    a_fifth(oracle_cases("pareto_floor0", "pareto_floor_half")),
 )
 def test_pareto_reaches_the_reference_norm(case, matrix, at_zero, at_half, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):

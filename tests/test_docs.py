@@ -23,7 +23,7 @@ PEERS = ("TorchJD", "LibMTL")  # code of other libraries, not run here
 PROCESSES = "jax.distributed.initialize"  # takes several processes
 PROMOTES = "import keras"  # whose layers add vectors to matrices
 # In `make test`; `make test-long` runs the other notebooks, and the pages that take longest.
-QUICK = ("many_devices", "quickstart")
+QUICK = ("quickstart",)
 SLOW = ("compare", "loops")
 # The tests see that notebooks run, not what comes out: they train for less long.
 SHORTER = {

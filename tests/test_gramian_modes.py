@@ -10,7 +10,7 @@ import pytest
 
 import mtl_optax as mtl
 from mtl_optax.jacobian.ways import ghost
-from tests.problems import a_third, mlp_batch, mlp_losses, mlp_params, relative_error
+from tests.problems import a_fifth, mlp_batch, mlp_losses, mlp_params, relative_error
 
 K = 3
 WEIGHTS = jnp.array([0.3, -1.0, 2.0])
@@ -461,7 +461,7 @@ GUARDED = {
 }
 
 
-@pytest.mark.parametrize("name", a_third(GUARDED))
+@pytest.mark.parametrize("name", a_fifth(GUARDED))
 @pytest.mark.parametrize("given", [False, True])
 def test_guarded_rows_at_hand_with_heads(name, given):
     params, *batch = PROBLEM

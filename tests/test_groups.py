@@ -8,7 +8,7 @@ import pytest
 
 import mtl_optax as mtl
 from benchmarks.flops import parts
-from tests.problems import a_third, mlp_batch, mlp_losses, mlp_params
+from tests.problems import a_fifth, mlp_batch, mlp_losses, mlp_params
 
 LABELS = {"trunk": [{"w": "first", "b": "first"}, "second"], "heads": "second"}
 
@@ -43,7 +43,7 @@ def by_hand(params, x, y, wrap):
     return update
 
 
-@pytest.mark.parametrize("gramian", a_third(["rows", "ghost", "columns"], 1))
+@pytest.mark.parametrize("gramian", a_fifth(["rows", "ghost", "columns"], 1))
 def test_each_group_is_aggregated_over_its_own_gramian(problem, gramian):
     tx = mtl.partition({"first": mtl.upgrad(3), "second": mtl.mgda(3)}, LABELS)
 
@@ -133,7 +133,7 @@ WEIGHING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", a_third(sorted(ONCE | WEIGHING)))
+@pytest.mark.parametrize("name", a_fifth(sorted(ONCE | WEIGHING)))
 def test_weights_are_held_between_refreshes(name):
     row = mtl.STRATEGIES[name]
     J = jax.random.normal(jax.random.key(1), (3, 7))

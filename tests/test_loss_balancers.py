@@ -28,7 +28,7 @@ from mtl_optax import (
     stch,
 )
 from mtl_optax.balancers._usable import positive_log
-from tests.problems import a_third
+from tests.problems import a_fifth
 
 KEY = jax.random.key(0)
 
@@ -118,7 +118,7 @@ def test_one_task_keeps_its_weight(name):
     np.testing.assert_allclose(weights, 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", a_third(FACTORIES, 1))
+@pytest.mark.parametrize("name", a_fifth(FACTORIES, 1))
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
 def test_any_precision_gives_the_same_weights_from_the_same_state_types(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
@@ -176,7 +176,7 @@ WITH_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", a_third(WITH_OPTIONS))
+@pytest.mark.parametrize("name", a_fifth(WITH_OPTIONS))
 @pytest.mark.parametrize("garbage", [np.nan, -7.0])
 def test_an_absent_task_changes_nothing_for_the_others(name, garbage):
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from flax import nnx
 
 import mtl_optax as mtl
 from mtl_optax import models
-from tests.problems import a_third
+from tests.problems import a_fifth
 
 # Few distinct widths, since making an initialiser compile is most of the time here.
 WIDTH, EXPERTS, TASKS = 4, (4, 4), ("a", "b", "c")
@@ -322,7 +322,7 @@ def shared_by_program(model):
     return found
 
 
-@pytest.mark.parametrize("name", a_third(FACTORIES))
+@pytest.mark.parametrize("name", a_fifth(FACTORIES))
 def test_model(name):
     """One model of each kind through everything that all of them must do."""
     model = make(name)
@@ -357,7 +357,7 @@ def test_model(name):
         assert (by_seed[task][1] != outputs[task]).all()
 
 
-@pytest.mark.parametrize("name", a_third(FACTORIES, 1))
+@pytest.mark.parametrize("name", a_fifth(FACTORIES, 1))
 def test_parameters_belong_to_the_documented_tasks(name):
     model = make(name)
     documented = {path: TASKS_OF[name](path) for path in flat(model)}

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mtl_optax as mtl
-from tests.problems import a_third, told
+from tests.problems import a_fifth, told
 
 NAMES = sorted(mtl.STRATEGIES)
 STEPS, WIDTH = 4, 7
@@ -52,7 +52,7 @@ def with_garbage(rows, losses, present, loss, entry):
     return rows.astype(np.float32), losses.astype(np.float32)
 
 
-@pytest.mark.parametrize("name", a_third(NAMES))
+@pytest.mark.parametrize("name", a_fifth(NAMES))
 def test_a_task_that_is_always_absent_is_as_if_it_were_not_there(name):
     run, _ = compiled_run(name, 3)
     alone, _ = compiled_run(name, 2)
@@ -71,7 +71,7 @@ def test_a_task_that_is_always_absent_is_as_if_it_were_not_there(name):
                 assert np.max(np.abs(got - want)) <= 2e-6 * np.max(np.abs(want)) + 1e-30
 
 
-@pytest.mark.parametrize("name", a_third(NAMES, 1))
+@pytest.mark.parametrize("name", a_fifth(NAMES, 1))
 def test_what_a_state_holds_of_an_absent_task_stays_and_of_nobody_all(name):
     run, start = compiled_run(name, 3)
     present = np.array([[True, False, True], [False] * 3, [False, True, True], [True] * 3])
@@ -92,7 +92,7 @@ def test_what_a_state_holds_of_an_absent_task_stays_and_of_nobody_all(name):
             np.testing.assert_array_equal(leaf[1][:, 1], leaf[0][:, 1])
 
 
-@pytest.mark.parametrize("name", a_third(NAMES, 2))
+@pytest.mark.parametrize("name", a_fifth(NAMES, 2))
 def test_a_task_first_seen_later_starts_there(name):
     """Its own entries in the state are then those of a first step."""
     run, start = compiled_run(name, 3)

@@ -14,7 +14,7 @@ import mtl_optax as mtl
 from benchmarks.flops import flops
 from mtl_optax._compat import body_of, is_jaxpr
 from mtl_optax.jacobian.ways import auto
-from tests.problems import a_third, relative_error
+from tests.problems import a_fifth, relative_error
 
 
 def block(h, layer):
@@ -107,7 +107,7 @@ def streamed(losses, *args, **options):
     return np.asarray(jax.jit(read)(*args)), plans[0]
 
 
-@pytest.mark.parametrize("trunk", a_third(TRUNKS))
+@pytest.mark.parametrize("trunk", a_fifth(TRUNKS))
 def test_it_is_exact_wherever_the_layers_are(trunk):
     with jax.enable_x64(True):
         losses, params, x = network(trunk, dtype=jnp.float64)
@@ -344,7 +344,7 @@ def temporary(fn, *args):
 
 @pytest.mark.parametrize(
     ("trunk", "num_tasks", "batch", "way"),
-    a_third(
+    a_fifth(
         [
             ("list", 4, 4, "ghost"),
             ("list, remat", 4, 4, "streamed ghost"),
