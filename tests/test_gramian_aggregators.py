@@ -657,6 +657,23 @@ def test_match_norm_sees_rows_cancel_wherever_the_gramian_is_known(link):
     assert np.any(update != 0)
 
 
+@pytest.mark.parametrize(
+    "link", [mtl.mgda, lambda k: optax.chain(mtl.scale_by_uwso(k), mtl.upgrad(k))]
+)
+def test_match_norm_sees_held_weights_cancel_the_rows(link):
+    gradient = np.random.default_rng(5).normal(size=7).astype(np.float32)
+    tx = mtl.match_norm(mtl.every(3, link(2)))
+    rows = jnp.stack([gradient, -0.3 * gradient])
+    update = jax.jit(lambda rows, state: tx.update(rows, state, rows[0], losses=jnp.ones(2)))
+    state = tx.init(rows[0])
+    for scale in (1.0, 1.0, 3.0, 1e-3):
+        step, state = update(scale * rows, state)
+        np.testing.assert_array_equal(step, 0)
+    tilted = rows.at[0, 0].add(1.0)
+    step, state = update(tilted, state)
+    np.testing.assert_allclose(np.linalg.norm(step), np.linalg.norm(tilted.mean(0)), rtol=1e-5)
+
+
 def test_match_norm_keeps_what_an_unsolvable_program_falls_back_to():
     gradient = np.random.default_rng(6).normal(size=7).astype(np.float32)
     tx = mtl.match_norm(mtl.imtl_g(2))

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide, power_of_two, wide
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.conditioning._base import run
-from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian._jacobian import Made
 from mtl_optax.jacobian._rows import max_over_shards, sum_over_shards
 from mtl_optax.links import check_choice, link
 
@@ -35,8 +35,8 @@ def match_norm(
     on the shared parameters; heads keep their own gradients. K counts the tasks present. A zero
     update stays zero, and so does one that is zero up to rounding: where a link looked at the
     Gramian, the weights that it finds may cancel the rows, as at a Pareto-stationary point, and
-    what is left points anywhere. It costs one more backward pass, or none where the aggregator
-    needs the rows anyway.
+    what is left points anywhere. Weights that `every` holds are seen to cancel them as well. It
+    costs one more backward pass, or none where the aggregator needs the rows anyway.
 
     Args:
       aggregator: any strategy: Jacobian in, gradient out.
@@ -71,13 +71,15 @@ def match_norm(
         shared = jax.tree.leaves(jacobian.shared)
         made = watched.how_made(update)
         # Without those that a link inside has dropped.
-        rows = watched if made is None or made[0].everyone else watched.keep(made[0].present)
+        rows = watched
+        if made is not None and not made.jacobian.everyone:
+            rows = watched.keep(made.jacobian.present)
         plain = rows.combine(1.0) if to == "sum" else mean_of(rows)
         (length, unit), (target, target_unit) = _norm(update, shared), _norm(plain, shared)
         # In this order nothing leaves the range before the result does.
         factor = jnp.where(length > 0, divide(target, length) * (target_unit / unit), 1)
-        if made is not None and made[0].is_measured:
-            is_noise = (length > 0) & (length * unit <= _rounding(made[0], made[1], update, shared))
+        if made is not None:
+            is_noise = (length > 0) & (length * unit <= _rounding(made, update, shared))
             factor = jnp.where(is_noise, 0, factor)
         leaves, treedef = jax.tree.flatten(update)
         leaves = [
@@ -92,13 +94,15 @@ def match_norm(
     return link(init_fn, update_fn)
 
 
-def _rounding(jacobian: Jacobian, weights: jax.Array, update: Any, shared: list[bool]) -> jax.Array:
+def _rounding(made: Made, update: Any, shared: list[bool]) -> jax.Array:
     """The length below which an update may be what rounding leaves of rows that cancel."""
-    if not jacobian.at_parameters:  # norms of other units than an update's
+    jacobian = made.jacobian
+    # Not known, or norms of other units than an update's.
+    if made.norms is None or not jacobian.at_parameters:
         return jnp.zeros([], jacobian.dtype)
     leaves = [leaf for leaf, s in zip(jax.tree.leaves(update), shared, strict=True) if s]
     eps = max([_NOISE * jnp.finfo(jacobian.dtype).eps, *(jnp.finfo(x.dtype).eps for x in leaves)])
-    return eps * jnp.sum(jnp.abs(weights) * jacobian.norms())
+    return eps * jnp.sum(jnp.abs(made.weights) * made.norms)
 
 
 def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:

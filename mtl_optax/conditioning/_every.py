@@ -21,6 +21,7 @@ class EveryState(NamedTuple):
     wait: jax.Array  # () int32, updates until the link is asked again
     held_scales: Annotated[PerTask, 1.0]  # (K,) float32, of the rows, heads too
     held_weights: PerTask  # (K,) float32, of the rows in the update of the shared parameters
+    held_norms: PerTask  # (K,) float32, of the rows it scaled, 0 if the link did not measure them
     weighed: PerTask  # (K,) bool, whether the task was present when the link was asked
     inner_state: Any  # of the link
 
@@ -88,11 +89,13 @@ def every(
             )
         check_num_tasks(tasks)
         zero, ones = jnp.zeros([], jnp.int32), jnp.ones(tasks, jnp.float32)
-        return EveryState(zero, zero, ones, ones / tasks, jnp.zeros(tasks, bool), inner_state)
+        held = ones, ones / tasks, 0 * ones
+        return EveryState(zero, zero, *held, jnp.zeros(tasks, bool), inner_state)
 
     def update_fn(jacobian, state, *, params=None, **extra_args):
         due = (state.wait <= 0) | jnp.any(jacobian.present & ~state.weighed)
-        held = [w.astype(jacobian.dtype) for w in (state.held_scales, state.held_weights)]
+        held = state.held_scales, state.held_weights, state.held_norms
+        held = [each.astype(jacobian.dtype) for each in held]
 
         def ask():
             asked = jacobian.watched()
@@ -100,9 +103,13 @@ def every(
 
         def refresh():
             asked, result, inner_state = ask()
+            scales, weights = asked.weighing(result)
+            norms = jnp.zeros_like(scales)
+            if asked.is_measured:
+                norms = jnp.minimum(jnp.abs(scales) * asked.norms(), jnp.finfo(norms.dtype).max)
             found = [
                 jnp.where(jacobian.present, new, old).astype(jacobian.dtype)
-                for new, old in zip(asked.weighing(result), held, strict=True)
+                for new, old in zip((scales, weights, norms), held, strict=True)
             ]
             return *found, state.weighed | jacobian.present, inner_state
 
@@ -111,17 +118,20 @@ def every(
 
         is_balancer = isinstance(jax.eval_shape(lambda: ask()[1]), Jacobian)
         # The update is made outside, in one place, whatever is due.
-        scales, weights, weighed, inner_state = where_needed(due, refresh, rest)
+        scales, weights, norms, weighed, inner_state = where_needed(due, refresh, rest)
         period = jnp.asarray(n(state.count) if callable(n) else n, jnp.int32)
         new_state = EveryState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             wait=jnp.where(due, period, state.wait) - 1,
             held_scales=scales.astype(jnp.float32),
             held_weights=weights.astype(jnp.float32),
+            held_norms=norms.astype(jnp.float32),
             weighed=weighed,
             inner_state=inner_state,
         )
         rows = jacobian.scale(scales)
-        return rows if is_balancer else conform(rows.combine(weights), params), new_state
+        if is_balancer:
+            return rows, new_state
+        return conform(rows.combine(weights, norms=norms), params), new_state
 
     return link(init_fn, update_fn)

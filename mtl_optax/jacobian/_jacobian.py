@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ from mtl_optax.jacobian.ways import Measurement, Rows, Way
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
+
+
+class Made(NamedTuple):
+    """How an update was made: the Jacobian, the weights, and its norms if any link knows them."""
+
+    jacobian: Jacobian
+    weights: jax.Array  # (K,)
+    norms: jax.Array | None  # (K,), of the rows that were weighed
 
 
 class Jacobian:
@@ -386,23 +394,26 @@ class Jacobian:
         ]
         return layout.unflatten(leaves)
 
-    def combine(self, weights: Float[Array, " K"] | float) -> Any:
+    def combine(
+        self, weights: Float[Array, " K"] | float, *, norms: Float[Array, " K"] | None = None
+    ) -> Any:
         """What an aggregator returns: Jᵀw on shared leaves, each head's own row on head leaves.
 
         Args:
           weights: `(K,)`, or a number for all tasks alike.
+          norms: `(K,)`, `norms()` when they were last measured, where they are not measured now.
         """
         layout, ones = self._layout, jnp.ones(self.num_tasks, self.dtype)
         if not isinstance(weights, int | float):
             leaves = self._combine(self._as_weights(weights), ones)
-            return self._made(layout.unflatten(leaves), weights)
+            return self._made(layout.unflatten(leaves), weights, norms)
         leaves = self._pull(ones)
         if weights != 1:
             leaves = [
                 (weights * leaf).astype(leaf.dtype) if is_shared else leaf
                 for leaf, is_shared in zip(leaves, layout.shared, strict=True)
             ]
-        return self._made(layout.unflatten(leaves), weights * ones)
+        return self._made(layout.unflatten(leaves), weights * ones, norms)
 
     def watched(self) -> Jacobian:
         """The same, for a link of which `weighing` is asked then."""
@@ -423,7 +434,7 @@ class Jacobian:
         """
         ones = jnp.ones(self.num_tasks, self.dtype)
         if isinstance(result, Jacobian):
-            found = (result, ones) if result._memo is self._memo else None
+            found = Made(result, ones, None) if result._memo is self._memo else None
         else:
             found = self.how_made(result)
         if found is None:
@@ -433,7 +444,7 @@ class Jacobian:
                 "before every, match_norm around it and the optimizer after it; graddrop and "
                 "trimmed_mean have no weights"
             )
-        scaled, weights = found
+        scaled, weights, _ = found
         if scaled._scales is None or self._scales is None:
             return ones if scaled._scales is None else scaled._scales, weights
         before = jnp.where(self._scales == 0, 1, self._scales)
@@ -443,12 +454,13 @@ class Jacobian:
         """Whether it is known to be what `combine` returned, for one that is watched."""
         return self.how_made(update) is not None
 
-    def how_made(self, update: Any) -> tuple[Jacobian, jax.Array] | None:
-        """The Jacobian and the weights that `combine` made an update of, if that is known."""
+    def how_made(self, update: Any) -> Made | None:
+        """What `combine` made an update of, if that is known."""
         leaves = jax.tree.leaves(update)
-        for scaled, weights, made in self._memo.updates or []:
-            if all(map(operator.is_, leaves, jax.tree.leaves(made))):
-                return scaled, weights
+        for made, result in self._memo.updates or []:
+            if all(map(operator.is_, leaves, jax.tree.leaves(result))):
+                measured = made.norms is None and made.jacobian.is_measured
+                return made._replace(norms=made.jacobian.norms()) if measured else made
         return None
 
     @property
@@ -462,9 +474,9 @@ class Jacobian:
         """The same in this trace, where what is computed of it can be kept."""
         return self if self._memo.is_of_this_trace() else self._replace(memo=Memo(self._memo))
 
-    def _made(self, update: Any, weights: jax.Array) -> Any:
+    def _made(self, update: Any, weights: jax.Array, norms: jax.Array | None) -> Any:
         if self._memo.updates is not None:
-            self._memo.updates.append((self, weights, update))
+            self._memo.updates.append((Made(self, weights, norms), update))
         return update
 
     def _replace(self, **changes: Any) -> Jacobian:
