@@ -164,6 +164,30 @@ def test_weights_are_held_between_refreshes(name):
     assert int(state.wait) == 2
 
 
+def test_every_asks_its_link_once_a_trace_and_is_the_same_without_jit():
+    traces, inner = [], mtl.mgda(2)
+
+    def counted(jac, state, params=None, **extra_args):
+        traces.append(None)
+        return inner.update(jac, state, params, **extra_args)
+
+    tx = mtl.every(2, optax.GradientTransformationExtraArgs(inner.init, counted), num_tasks=2)
+    rows = [jnp.diag(jnp.array([1.0, k])) for k in (1, 2, 3)]
+
+    def run(update):
+        state, found = tx.init(jnp.zeros(2)), []
+        for matrix in rows:
+            step, state = update(matrix, state)
+            found.append(step)
+        return jnp.stack(found)
+
+    jitted = run(jax.jit(lambda matrix, state: tx.update(matrix, state, losses=jnp.ones(2))))
+    assert len(traces) == 1
+    with jax.disable_jit():
+        eager = run(lambda matrix, state: tx.update(matrix, state, losses=jnp.ones(2)))
+    np.testing.assert_allclose(eager, jitted, rtol=1e-6)
+
+
 def test_every_follows_a_schedule_and_meets_new_tasks_at_once():
     tx = mtl.every(lambda count: jnp.where(count < 2, 1, 3), mtl.mgda(2))
     state, waits = tx.init(None), []

@@ -97,12 +97,12 @@ def every(
         held = state.held_scales, state.held_weights, state.held_norms
         held = [each.astype(jacobian.dtype) for each in held]
 
-        def ask():
-            asked = jacobian.watched()
-            return asked, *tx.update(asked, state.inner_state, params, **extra_args)
+        is_balancer = []  # known once the link was asked
 
         def refresh():
-            asked, result, inner_state = ask()
+            asked = jacobian.watched()
+            result, inner_state = tx.update(asked, state.inner_state, params, **extra_args)
+            is_balancer.append(isinstance(result, Jacobian))
             scales, weights = asked.weighing(result)
             norms = jnp.zeros_like(scales)
             if asked.is_measured:
@@ -116,9 +116,10 @@ def every(
         def rest():
             return *held, state.weighed, state.inner_state
 
-        is_balancer = isinstance(jax.eval_shape(lambda: ask()[1]), Jacobian)
         # The update is made outside, in one place, whatever is due.
         scales, weights, norms, weighed, inner_state = where_needed(due, refresh, rest)
+        if not is_balancer:  # with `jax.disable_jit` only the branch that is taken is run
+            jax.eval_shape(refresh)
         period = jnp.asarray(n(state.count) if callable(n) else n, jnp.int32)
         new_state = EveryState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -130,7 +131,7 @@ def every(
             inner_state=inner_state,
         )
         rows = jacobian.scale(scales)
-        if is_balancer:
+        if is_balancer[0]:
             return rows, new_state
         return conform(rows.combine(weights, norms=norms), params), new_state
 
