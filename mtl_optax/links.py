@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 
 from mtl_optax import states
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, wide
 from mtl_optax.jacobian import Jacobian, as_jacobian
 
 
@@ -224,6 +224,8 @@ def is_traced(value: Any) -> bool:
 # What a share or the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
 BELOW_ONE = (lambda x: (x >= 0) & (x < 1), "in [0, 1)")
 UP_TO_ONE = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+# What counts steps or groups may be.
+COUNT = (lambda x: (x >= 1) & (x % 1 == 0), "a whole number of at least 1")
 
 
 def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: str) -> None:
@@ -355,7 +357,10 @@ def task_zeros(num_tasks: int, params: Any) -> Any:
     check_params(params)
 
     def zeros(leaf):
-        dtype = jnp.promote_types(jnp.float32, jnp.result_type(leaf))
-        return jnp.zeros((num_tasks, *jnp.shape(leaf)), dtype)
+        dtype = jnp.result_type(leaf)
+        dtype = wide(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
+        # Split over devices as the parameter is.
+        zero = jnp.zeros_like(leaf, dtype)
+        return jnp.broadcast_to(zero, (num_tasks, *zero.shape))
 
     return jax.tree.map(zeros, params)

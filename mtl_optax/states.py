@@ -1,6 +1,8 @@
 """What of a state belongs to a task: held while it is absent, kept when others come and go."""
 
+import contextlib
 import functools
+import inspect
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -43,10 +45,14 @@ def link_states(opt_state: Any) -> Iterator[Any]:
 @functools.cache
 def _declared(state_type: type) -> dict[str, tuple[Kind, Any]]:
     """The fields that belong to tasks, with what a new one starts from."""
-    try:
-        hints = typing.get_type_hints(state_type, include_extras=True)
-    except NameError:  # of a type that is imported for the type checker alone
-        return {}
+    hints: dict[str, Any] = {}
+    for base in reversed(state_type.__mro__):
+        for field, hint in inspect.get_annotations(base).items():
+            # One at a time: a name that only a type checker knows, as in `optax.OptState`, is a
+            # matter of its own field.
+            alone = type("", (), {"__annotations__": {field: hint}, "__module__": base.__module__})
+            with contextlib.suppress(NameError):
+                hints |= typing.get_type_hints(alone, include_extras=True)
     marks = {field: (*getattr(hint, "__metadata__", ()), 0) for field, hint in hints.items()}
     return {field: (kind, x[0]) for field, (kind, *x) in marks.items() if kind in ("task", "pair")}
 

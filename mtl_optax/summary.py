@@ -66,7 +66,9 @@ def _names(losses: Any) -> tuple[str, ...]:
         return task_names(losses)
     names = tuple(losses)
     in_order = tuple(sorted(names, key=_place))
-    if names != in_order or len(set(names)) != len(names):
+    # Numbers may be places of a list or keys of a dict that are strings, which JAX sorts as text.
+    orders = in_order, tuple(sorted(names, key=lambda name: name.split("/")))
+    if names not in orders or len(set(names)) != len(names):
         raise ValueError(
             f"the names {names} are not those of a dict of losses, whose order is {in_order}: "
             "which number is whose can't be told. Pass the losses or their Jacobian"

@@ -1,5 +1,6 @@
 """AdaTask: Adam with moments of its own for each task."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
-from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.jacobian._rows import finite_rows, per_row
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
 from mtl_optax.states import PerTask
 
 
@@ -79,22 +80,25 @@ def adatask(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        count = jnp.asarray(optax.safe_increment(state.count))
+        rows = jax.tree.leaves(jacobian.rows())
+        good = functools.reduce(jnp.logical_and, map(finite_rows, rows))
+        count = jnp.where(good, optax.safe_increment(state.count), state.count)
 
         def debiased(moment: jax.Array, beta: float | jax.Array) -> jax.Array:
             mass = -jnp.expm1(count * jnp.log(beta))  # 1 - beta^t, which would cancel near 1
-            return moment / per_row(mass, moment)
+            return divide(moment, per_row(mass, moment), moment)
 
         steps, new = [], []
         moments = zip(
-            jax.tree.leaves(jacobian.rows()),
+            rows,
             jax.tree.leaves(state.momenta),
             jax.tree.leaves(state.second_moments),
             strict=True,
         )
         for g, m, v in moments:
-            momentum = keep_finite(b1 * m + (1 - b1) * g, m).astype(m.dtype)
-            second = keep_finite(b2 * v + (1 - b2) * g.astype(v.dtype) ** 2, v).astype(v.dtype)
+            known = per_row(good, g)
+            momentum = jnp.where(known, b1 * m + (1 - b1) * g, m).astype(m.dtype)
+            second = jnp.where(known, b2 * v + (1 - b2) * g.astype(v.dtype) ** 2, v).astype(v.dtype)
             steps.append(divide(debiased(momentum, b1), jnp.sqrt(debiased(second, b2)) + eps))
             new.append((momentum, second))
         momenta, seconds = zip(*new, strict=True)

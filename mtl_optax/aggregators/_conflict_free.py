@@ -78,6 +78,7 @@ def conflict_free(
         length = divide(projection, square, projection)
         nothing = (jnp.max(norms) == 0) | (jnp.max(aims) == 0)
         coefficients = length * dot(vectors, inverse * components)
+        nothing &= jnp.all(jnp.isfinite(norms))
         return divide(coefficients, relative), solved | nothing
 
     return solved_aggregator(num_tasks, solve, 1.0)

@@ -11,6 +11,7 @@ from mtl_optax.aggregators._base import HEADS, Heads, combined
 from mtl_optax.aggregators._simplex_steps import exchange
 from mtl_optax.jacobian._rows import sum_over_shards
 from mtl_optax.links import (
+    COUNT,
     check_choice,
     check_num_tasks,
     check_option,
@@ -85,7 +86,7 @@ def excess_mtl(
     """
     check_num_tasks(num_tasks)
     check_option("step_size", step_size, lambda x: x > 0, "more than 0")
-    check_option("warmup", warmup, lambda x: x >= 1, "at least 1")
+    check_option("warmup", warmup, *COUNT)
     check_choice("heads", heads, HEADS)
 
     def init_fn(params):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, wide
+from mtl_optax._numerics import divide
 from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.jacobian._rows import all_finite, per_row
 from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
@@ -138,7 +138,7 @@ def _pseudo_moment(num_tasks, b1, b2, eps):
     inner = conflict_free(num_tasks)
 
     def init_fn(params):
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+        zeros = jax.tree.map(lambda rows: rows[0], task_zeros(1, params))
         return PseudoMomentState(zeros, zeros, jnp.zeros([], jnp.int32), inner.init(params))
 
     def update_fn(jacobian, state, **extra_args):

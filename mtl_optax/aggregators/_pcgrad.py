@@ -34,8 +34,8 @@ def pcgrad(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExt
       key: a typed random key, split in state: the order is drawn anew for each task and update.
 
     Returns:
-      An aggregator: Jacobian in, gradient out. Update scale: sum-like (at most the sum's norm for
-      two tasks without conflict, when it is the sum).
+      An aggregator: Jacobian in, gradient out. Update scale: sum-like (the sum where no rows
+      conflict).
 
     Raises:
       TypeError: if `key` is not a typed random key.

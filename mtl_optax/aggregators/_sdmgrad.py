@@ -12,6 +12,7 @@ from mtl_optax.aggregators._modo import batches
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
 from mtl_optax.links import (
     BELOW_ONE,
+    COUNT,
     check_num_tasks,
     check_option,
     link,
@@ -89,7 +90,7 @@ def sdmgrad(
     check_option("pull", pull, lambda x: x >= 0, "at least 0")
     check_option("learning_rate", learning_rate, lambda x: x > 0, "more than 0")
     check_option("momentum", momentum, *BELOW_ONE)
-    check_option("num_steps", num_steps, lambda x: x >= 1, "at least 1")
+    check_option("num_steps", num_steps, *COUNT)
     if preference is not None:
         check_option("preference", preference, lambda x: x >= 0, "at least 0")
 

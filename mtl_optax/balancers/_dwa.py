@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_when
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import COUNT, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -61,7 +61,7 @@ def scale_by_dwa(
     """
     check_num_tasks(num_tasks)
     check_option("temperature", temperature, lambda t: t > 0, "more than 0")
-    check_option("window", window, lambda w: w >= 1, "at least 1 step")
+    check_option("window", window, *COUNT)
 
     def init_fn(params):
         del params

@@ -11,7 +11,7 @@ from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
-from mtl_optax.links import check_num_tasks, check_option, conform, link
+from mtl_optax.links import COUNT, check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
 
@@ -95,7 +95,7 @@ def forum(
     for name, value in (("learning_rate", learning_rate), ("rho", rho)):
         check_option(name, value, lambda x: x > 0, "more than 0")
     for name, value in (("inner_steps", inner_steps), ("window", window)):
-        check_option(name, value, lambda n: n >= 1, "at least 1")
+        check_option(name, value, *COUNT)
     optimizer = optimizer or optax.adam(1e-3)
 
     def init_fn(params):

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import positive_log, softmax_when
-from mtl_optax.links import check_flag, check_num_tasks, check_option, link
+from mtl_optax.links import COUNT, check_flag, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -39,9 +39,9 @@ def scale_by_softadapt(
               s_k = L_k(t) - L_k(t-1)
 
     where L(t) is the mean loss of window t, the current step included, and f is 1, or L(t) for
-    `loss_weighted`. The weights are 1 during the first window and then change once a window. A loss
-    that is not finite is left out of its window. A task's windows count the updates in which it is
-    present, and its weight is 1 until it has two.
+    `loss_weighted`. The weights are 1 until the second window closes and then change once a window.
+    A loss that is not finite is left out of its window. A task's windows count the updates in which
+    it is present, and its weight is 1 until it has two.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -85,7 +85,7 @@ def scale_by_softadapt(
     check_flag("normalize", normalize)
     check_flag("loss_weighted", loss_weighted)
     check_option("beta", beta, lambda b: abs(b) < float("inf"), "a finite number")
-    check_option("window", window, lambda w: w >= 1, "at least 1 step")
+    check_option("window", window, *COUNT)
 
     def init_fn(params):
         del params

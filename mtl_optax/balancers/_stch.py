@@ -4,6 +4,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mtl_optax._typing import TaskOption
@@ -16,6 +17,7 @@ from mtl_optax.balancers._usable import (
     softmax_when,
 )
 from mtl_optax.links import (
+    COUNT,
     check_choice,
     check_num_tasks,
     check_option,
@@ -113,9 +115,9 @@ def scale_by_stch(
     check_choice("kind", kind, KINDS)
     if nadir is not None:
         check_option("nadir", nadir, lambda n: n > 0, "positive losses")
-    check_option("warmup", warmup, lambda w: w >= 1, "at least 1 step")
-    check_option("window", window, lambda w: w >= 1, "at least 1 step")
-    if not is_traced((warmup, window)) and window > warmup:
+    check_option("warmup", warmup, *COUNT)
+    check_option("window", window, *COUNT)
+    if not is_traced((warmup, window)) and np.asarray(window) > np.asarray(warmup):
         raise ValueError(
             f"window={window} is longer than warmup={warmup}, expected at most that: the nadir is "
             "averaged over the last steps of the warm-up"

@@ -1,6 +1,7 @@
 """What a training under equal weights shows about a problem, and what to try."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def of(
       cosines: ``(S, T, K, K)``, likewise.
     """
     rows, columns = np.triu_indices(len(names), 1)
-    pairs = cosines[..., rows, columns].reshape(-1, len(rows))
+    pairs = cosines[..., rows, columns].reshape(math.prod(cosines.shape[:-2]), len(rows))
     typical = _typical(norms.reshape(-1, len(names)))
     rate = float(np.nanmean(pairs < CONFLICT)) if pairs.size else 0.0
     start, end = np.nanmean(losses[:, 0], axis=0), np.nanmean(losses[:, -1], axis=0)

@@ -134,6 +134,8 @@ def at_best(run: dict[str, Any], split: str, metric: str) -> np.ndarray:
 
 def _near_zero(samples: np.ndarray, higher_is_better: bool) -> bool:
     mean, half = Estimate.of(samples)
+    if not np.isfinite(mean):
+        return True
     return bool(mean - np.nan_to_num(half) <= 0 or (higher_is_better and mean < CLEARLY_ABOVE))
 
 

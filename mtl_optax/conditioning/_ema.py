@@ -1,5 +1,6 @@
 """Moving averages of the rows: less noise before the tasks are weighed against each other."""
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.jacobian._rows import scale_rows
+from mtl_optax._numerics import divide
+from mtl_optax.jacobian._rows import finite_rows, per_row, scale_rows
 from mtl_optax.links import (
     BELOW_ONE,
     check_flag,
     check_num_tasks,
     check_option,
-    keep_finite,
     link,
     task_zeros,
 )
@@ -82,12 +83,13 @@ def ema_tasks(
         beta = jnp.asarray(decay(state.count) if callable(decay) else decay, jnp.float32)
         rows = jax.tree.leaves(jacobian.rows())
         averages, treedef = jax.tree.flatten(state.rows)
+        good = functools.reduce(jnp.logical_and, map(finite_rows, rows))
         averages = [
-            keep_finite(beta * m + (1 - beta) * row, m).astype(m.dtype)
+            jnp.where(per_row(good, m), beta * m + (1 - beta) * row, m).astype(m.dtype)
             for m, row in zip(averages, rows, strict=True)
         ]
-        products = state.decay_products * beta
-        weight = 1 / (1 - products) if debias else jnp.ones_like(products)
+        products = jnp.where(good, state.decay_products * beta, state.decay_products)
+        weight = divide(1, 1 - products) if debias else jnp.ones_like(products)
         shown = [
             scale_rows(m, weight).astype(row.dtype) for m, row in zip(averages, rows, strict=True)
         ]

@@ -84,7 +84,8 @@ def multi_steps(
         zero = jnp.zeros([], jnp.int32)
         counts, losses = jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks, jnp.float32)
         rows = task_zeros(num_tasks, params)
-        return MultiStepsState(zero, zero, counts, losses, rows, tx.init(params))
+        state = MultiStepsState(zero, zero, counts, losses, rows, tx.init(params))
+        return jax.tree.map(jnp.copy, state)  # no buffer twice, or it can't be donated
 
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
@@ -117,7 +118,7 @@ def multi_steps(
             zeros = [jnp.zeros_like(row[0], x.dtype) for row, x in zip(rows, like, strict=True)]
             return treedef.unflatten(zeros), inner_state
 
-        full = (count == every_k) & (count > state.mini_step)
+        full = (count >= every_k) & (count > state.mini_step)
         update, inner_state = jax.lax.cond(full, step, wait, state.inner_state)
         clear = lambda leaf: jnp.where(full, 0, leaf)  # noqa: E731
         new_state = MultiStepsState(

@@ -21,7 +21,7 @@ def normalize_tasks(
 
     for `"l2"`, `"loss"`, `"loss+"` and `"max"`. Losses are divided alike. Norms are those of the
     Gramian (the shared parameters, or where `gramian_at` says); whole rows are scaled, heads too. A
-    row of norm 0 stays as it is, and so does one whose loss is not positive.
+    row of norm 0 stays as it is, and nothing is divided by a loss that is not positive.
 
     Args:
       kind: one of the four. `"loss"` costs no backward pass; the losses of `"loss"` and `"loss+"`

@@ -28,9 +28,10 @@ def skip_nonfinite(
 
     The update is then zero and the state of `tx`, strategy and optimizer alike, is bit for bit what
     it was; so it is too where a number of that state would stop being finite. Skipped steps are
-    counted. A task that a `drop_nonfinite_tasks` inside has dropped is no reason to skip.
-    `optax.apply_if_finite` can't do this: it looks for NaN in the Jacobian it is given, not in what
-    the strategy makes of it, and returns zeros of the Jacobian's structure. Around the whole chain:
+    counted, but for those without any task. A task that a `drop_nonfinite_tasks` inside has dropped
+    is no reason to skip. `optax.apply_if_finite` can't do this: it looks for NaN in the Jacobian it
+    is given, not in what the strategy makes of it, and returns zeros of the Jacobian's structure.
+    Around the whole chain:
 
         tx = mtl.skip_nonfinite(optax.chain(mtl.gradnorm(2), optax.adam(1e-3)))
 
@@ -56,8 +57,8 @@ def skip_nonfinite(
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        zero = jnp.zeros([], jnp.int32)
-        return SkipNonfiniteState(zero, zero, tx.init(params))
+        zeros = jnp.zeros([2], jnp.int32)  # no buffer twice, or it can't be donated
+        return SkipNonfiniteState(zeros[0], zeros[1], tx.init(params))
 
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args

@@ -90,6 +90,12 @@ class Arguments:
 
         def losses_of(leaves: Sequence[Any]) -> Any:
             result, changes = self.call(loss_fn, self.with_leaves(leaves))
+            if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError(
+                    "with has_aux=True the loss function returned "
+                    f"{type(result).__name__} of {jax.tree.structure(result)}, expected a pair "
+                    "(losses, aux)"
+                )
             losses, *aux = result if has_aux else (result,)
             return losses, (aux, changes)
 

@@ -21,7 +21,13 @@ from mtl_optax.jacobian._losses import flatten_losses, task_names, unflatten_los
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._memo import Memo
 from mtl_optax.jacobian._plan import Plan, plan
-from mtl_optax.jacobian._rows import all_finite, mixed_products, scale_rows, scaled_products
+from mtl_optax.jacobian._rows import (
+    all_finite,
+    finite_rows,
+    mixed_products,
+    scale_rows,
+    scaled_products,
+)
 from mtl_optax.jacobian.ways import Measurement, Rows, Way
 
 if TYPE_CHECKING:
@@ -372,8 +378,7 @@ class Jacobian:
 
         def one_by_one():
             rows = seen([heads.rows("isolated") for heads in every])
-            per_leaf = [all_finite(row, tuple(range(1, row.ndim))) for row in rows]
-            return jnp.all(jnp.stack(per_leaf), axis=0)
+            return jnp.all(jnp.stack([finite_rows(row) for row in rows]), axis=0)
 
         return finite & fallback(~none_wrong, one_by_one, lambda: jnp.ones_like(finite))
 

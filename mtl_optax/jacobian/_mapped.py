@@ -16,7 +16,7 @@ from mtl_optax._numerics import underflows
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._arguments import Arguments, is_object
 from mtl_optax.jacobian._linear_map import RowMode
-from mtl_optax.jacobian._losses import check_losses
+from mtl_optax.jacobian._losses import check_losses, check_reduced
 from mtl_optax.jacobian._opaque import check_residuals
 from mtl_optax.jacobian._program import Program, is_var, reachable
 from mtl_optax.jacobian._rows import combine_rows, if_finite, keep_rows
@@ -129,11 +129,23 @@ class MappedMap:
         cotangents = [w.astype(group.aval.dtype) for w, group in groups]
         try:
             return list(jax.linear_transpose(losses, *wholes)(cotangents))
-        except NotImplementedError:
-            # Where elements take different branches JAX selects, with a `stop_gradient` that only a
-            # derivative goes through.
-            zeros = [jnp.zeros(whole.shape, whole.dtype) for whole in wholes]
-            return list(jax.vjp(losses, *zeros)[1](cotangents))
+        except (NotImplementedError, TypeError):
+            # Not everything that one element transposes can be mapped and then transposed: branches
+            # that differ become a `stop_gradient`, a backward rule of one's own is known for one.
+            return self._pull_each(cotangents)
+
+    def _pull_each(self, cotangents: Sequence[jax.Array]) -> list[jax.Array]:
+        """Jᵀw as the sum over the elements, each transposed by itself."""
+
+        def one(cotangents: Sequence[Any], residuals: Sequence[Any]) -> list[Any]:
+            return _program.transpose(self.program.jaxpr, residuals)(cotangents)
+
+        each = jax.vmap(one, (0, self.axes), axis_size=self.size)
+        pulled = each(list(cotangents), tuple(self.residuals))
+        return [
+            leaf if is_stacked else jnp.sum(leaf, axis=0)
+            for leaf, is_stacked in zip(pulled, self.stacked, strict=True)
+        ]
 
     def _rows_of_loss(self, group: Any) -> list[jax.Array]:
         """The rows of one loss of all elements."""
@@ -149,10 +161,13 @@ class MappedMap:
             for row, is_stacked in zip(rows, self.stacked, strict=True)
         ]
 
-    def _whole(self, leaf: int) -> jax.ShapeDtypeStruct:
+    def _whole(self, leaf: int) -> Any:
         aval = self.program.leaves[leaf].aval
-        shape = (self.size, *aval.shape) if self.stacked[leaf] else aval.shape
-        return jax.ShapeDtypeStruct(shape, aval.dtype)
+        if not self.stacked[leaf]:
+            return aval
+        # With the mesh axes that it varies over inside `shard_map`.
+        stack = lambda x: jnp.broadcast_to(x, (self.size, *aval.shape))  # noqa: E731
+        return jax.make_jaxpr(stack)(aval).out_avals[0]
 
 
 def _diagonal(row: jax.Array) -> jax.Array:
@@ -203,16 +218,17 @@ def linearize_mapped(
                 "in_axes out and return an array of losses, or use model.eval()"
             )
         check_losses(losses)
+        check_reduced(losses, arguments.params)
         if any(jnp.shape(loss) for loss in jax.tree.leaves(losses)):
             raise ValueError(
                 "with in_axes= the loss function is written for one element, and each of its "
                 f"losses is a scalar: got shapes {[jnp.shape(x) for x in jax.tree.leaves(losses)]}"
             )
         program, residuals = Program.of(linear_fn, arguments.leaves)
-        programs.append(program)
+        programs.append((program, _stacked(args, axes_of_args, argnums, arguments)))
         return (losses, aux), residuals
 
-    slices = [_slice(leaves[i], axis) for i, axis in mapped.items()]
+    slices = _slices([leaves[i] for i in mapped], tuple(mapped.values()), size)
     closed, (whole, _) = jax.make_jaxpr(one, return_shape=True)(slices)
     depends = reachable(closed.jaxpr, [1] * len(mapped))
     num_whole = len(jax.tree.leaves(whole))
@@ -222,11 +238,12 @@ def linearize_mapped(
         *(leaves[i] for i in mapped)
     )
     losses, aux = jax.tree.unflatten(jax.tree.structure(whole), outputs[:num_whole])
+    program, stacked = programs[-1]
     linear = MappedMap(
-        program=programs[-1],
-        residuals=outputs[num_whole:],
+        program=program,
+        residuals=[jnp.asarray(output) for output in outputs[num_whole:]],
         axes=tuple(out_axes[num_whole:]),
-        stacked=_stacked(args, axes_of_args, argnums),
+        stacked=stacked,
         size=size,
     )
     return losses, aux, linear
@@ -253,37 +270,44 @@ def _axes_of_args(args: Sequence[Any], in_axes: Any) -> list[list[int | None]]:
 
 
 def _stacked(
-    args: Sequence[Any], axes: Sequence[Sequence[int | None]], argnums: int | Sequence[int]
+    args: Sequence[Any],
+    axes: Sequence[Sequence[int | None]],
+    argnums: int | Sequence[int],
+    arguments: Arguments,
 ) -> tuple[bool, ...]:
-    """Which leaves of the parameters hold a slice for each element."""
-    positions = [argnums] if isinstance(argnums, int) else argnums
+    """Which of the trained leaves of the parameters hold a slice for each element."""
+    one = isinstance(argnums, int)
+    positions, params = ([argnums], [arguments.params]) if one else (argnums, arguments.params)
     stacked = []
-    for i in positions:
-        for axis, leaf in zip(axes[i], jax.tree.leaves(args[i], is_leaf=is_object), strict=True):
+    for i, part in zip(positions, params, strict=True):
+        places = jax.tree.structure(args[i], is_leaf=is_object).flatten_up_to(part)
+        for axis, place in zip(axes[i], places, strict=True):
             if axis not in (None, 0):
                 raise ValueError(
                     f"in_axes names axis {axis} of a parameter, expected None, or 0 where a leaf "
                     "holds a head for each task"
                 )
-            stacked += [axis == 0] * (len(jax.tree.leaves(leaf)) if is_object(leaf) else 1)
-    return tuple(stacked)
+            stacked += [axis == 0] * len(jax.tree.leaves(place))
+    return tuple(s for s, is_trained in zip(stacked, arguments.trained, strict=True) if is_trained)
 
 
 def _size(mapped: Sequence[tuple[Any, Any]]) -> int:
     for x, _ in mapped:
         if is_object(x):
             raise ValueError("in_axes maps over an nnx module, expected None there")
-    sizes = {jnp.shape(x)[axis] for x, axis in mapped if jnp.ndim(x)}
-    if len(sizes) != 1 or not all(jnp.ndim(x) for x, _ in mapped):
+    sizes = {jnp.shape(x)[a] for x, a in mapped if -jnp.ndim(x) <= a < jnp.ndim(x)}
+    if len(sizes) != 1 or not all(-jnp.ndim(x) <= a < jnp.ndim(x) for x, a in mapped):
         shapes = [jnp.shape(x) for x, _ in mapped]
         raise ValueError(
-            f"in_axes maps over arrays of shapes {shapes}, expected one common size of the axis, "
-            "and at least one array that has it"
+            f"in_axes maps over axes {[a for _, a in mapped]} of arrays of shapes {shapes}, "
+            "expected axes that they have, of one common size, and at least one array"
         )
     return sizes.pop()
 
 
-def _slice(x: Any, axis: int) -> jax.ShapeDtypeStruct:
-    shape = list(jnp.shape(x))
-    shape.pop(axis)
-    return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(x))
+def _slices(arrays: Sequence[Any], axes: tuple[int, ...], size: int) -> list[Any]:
+    """What one element's slices are: as `jax.vmap` says, with how they are split over devices."""
+    found = []
+    note = lambda *slices: found.extend(map(jax.typeof, slices))  # noqa: E731
+    jax.vmap(note, axes, None, axis_size=size)(*arrays)
+    return found

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
@@ -244,7 +245,8 @@ def _inline(closed: Any) -> tuple[Equations, list[Any]]:
         def read(atom):
             if is_var(atom):
                 return env.get(atom, atom)
-            return constant(atom.val, atom.aval) if isinstance(atom.val, jax.Array) else atom
+            is_array = isinstance(atom.val, jax.Array) or np.ndim(atom.val)
+            return constant(jnp.asarray(atom.val), atom.aval) if is_array else atom
 
         for eqn in jaxpr.eqns:
             invars = [read(atom) for atom in eqn.invars]

@@ -114,6 +114,11 @@ def all_finite(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     return on_all_shards(jnp.all(jnp.isfinite(x), axis=axes))
 
 
+def finite_rows(rows: jax.Array) -> jax.Array:
+    """Which rows of one leaf are finite, `(K,)`."""
+    return all_finite(rows, tuple(range(1, rows.ndim)))
+
+
 def on_all_shards(flags: jax.Array) -> jax.Array:
     """What holds on all devices of a `shard_map`, so that they decide alike."""
     return _over_shards(jax.lax.pmin, flags.astype(jnp.int32)) > 0

@@ -31,14 +31,14 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
     boundary's to one rule, so that they balance each other.
 
     Args:
-      decay: :math:`\beta_w`, from 0 to 1.
-      residual_decay: :math:`\beta_c`, from 0 to 1.
+      decay: :math:`\beta_w` in [0, 1).
+      residual_decay: :math:`\beta_c` in [0, 1).
 
     Returns:
       Two functions, `init` and `update`.
 
     Raises:
-      ValueError: if a decay is not from 0 to 1.
+      ValueError: if a decay is not in [0, 1).
 
     Examples:
       >>> import jax.numpy as jnp

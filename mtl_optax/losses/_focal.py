@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -168,12 +169,12 @@ def _negative_log_complement(errors: jax.Array) -> jax.Array:
 
 
 def _check_gamma(gamma: ArrayLike) -> jax.Array:
-    checked = jnp.asarray(gamma)
-    if checked.ndim != 0:
-        raise ValueError(f"gamma has shape {checked.shape}, expected a scalar")
-    if not isinstance(checked, Tracer) and not checked >= 0:
+    if jnp.ndim(gamma) != 0:
+        raise ValueError(f"gamma has shape {jnp.shape(gamma)}, expected a scalar")
+    # By NumPy: inside `jit` an array's comparison is traced.
+    if not isinstance(gamma, Tracer) and not np.asarray(gamma) >= 0:
         raise ValueError(f"gamma is {gamma}, expected a number >= 0: 0 turns the focus off")
-    return checked
+    return jnp.asarray(gamma)
 
 
 def _check_classification(logits: jax.Array, labels: jax.Array, alpha: jax.Array) -> None:

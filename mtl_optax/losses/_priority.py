@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -53,9 +54,10 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, 2018, eqs. 4-6.
     """
-    kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
-    if not isinstance(gamma, Tracer) and jnp.any(gamma < 0):
+    # By NumPy: inside `jit` an array's comparison is traced.
+    if not isinstance(gamma, Tracer) and np.any(np.asarray(gamma) < 0):
         raise ValueError(f"gamma is {gamma}, expected a number >= 0")
+    kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
     # A narrower type has no number so near to 1.
     kappa = jnp.clip(kpi.astype(wide(kpi.dtype)), _MARGIN, 1 - _MARGIN)
     priority = -((1 - kappa) ** gamma.astype(kappa.dtype)) * jnp.log(kappa)
@@ -126,10 +128,10 @@ def share_within(
       >>> round(kpi.item(), 4), round(soft.item(), 4)
       (0.6667, 0.6209)
     """
-    errors, tolerance = jnp.asarray(errors), jnp.asarray(tolerance)
-    if not isinstance(tolerance, Tracer) and not jnp.all(tolerance > 0):
+    if not isinstance(tolerance, Tracer) and not np.all(np.asarray(tolerance) > 0):
         raise ValueError(f"tolerance is {tolerance}, expected above 0, in the unit of the errors")
     if softness < 0:
         raise ValueError(f"softness is {softness}, expected at least 0, in the unit of the errors")
+    errors, tolerance = jnp.asarray(errors), jnp.asarray(tolerance)
     room = tolerance - jnp.abs(errors.astype(wide(jnp.result_type(float, errors))))
     return jnp.mean(jax.nn.sigmoid(room / softness) if softness else (room >= 0).astype(room.dtype))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -110,9 +111,10 @@ def simplex_qp(
 def _check_feasible(floors, total, present, K):
     if any(isinstance(x, Tracer) for x in (floors, total, present)):
         return
-    values = [float(floors)] * K if jnp.shape(floors) == () else floors.tolist()
+    values = [float(floors)] * K if jnp.shape(floors) == () else np.asarray(floors).tolist()
     if present is not None:
-        values = [floor for floor, here in zip(values, present, strict=True) if here]
+        here = np.asarray(present)  # inside `jit` an array's bool would be traced
+        values = [floor for floor, h in zip(values, here, strict=True) if h]
     least, total = math.fsum(values), float(total)
     # The slack is for floors such as 1/K, whose float32 sum may pass 1.
     if least > total + 1e-6 * math.fsum(map(abs, values)):

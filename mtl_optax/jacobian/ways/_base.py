@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
@@ -26,6 +27,12 @@ class Measurement(NamedTuple):
     products: jax.Array
     scales: jax.Array
     mix: Callable[[jax.Array], dict[int, jax.Array]] = lambda weights: {}
+
+
+def without_noise(products: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Gramian diag(s) M diag(s) with zero rows where rounding left no positive square."""
+    seen = ~(jnp.diagonal(products) <= 0)  # a NaN stays
+    return jnp.where(seen[:, None] & seen[None, :], products, 0), jnp.where(seen, scales, 0)
 
 
 class Cost(NamedTuple):

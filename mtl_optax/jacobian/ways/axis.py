@@ -19,7 +19,7 @@ from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._rows import keep_rows, max_over_shards, scaled_products, sum_over_shards
 from mtl_optax.jacobian.ways import ghost
-from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows
+from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows, without_noise
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -50,8 +50,7 @@ class Axis(ghost.Ghost):
         for found in taps.values():
             delta = [ghost.cotangents_of(next(left), use) for use in found]
             shares.append(_layer(linear, found, jnp.concatenate(delta, axis=2)))
-        products, scales = ghost.total(shares)
-        scales = jnp.where(jnp.diagonal(products) == 0, 0, scales)
+        products, scales = without_noise(*ghost.total(shares))
         return Measurement(products, scales, mix_rows(plain))
 
     def taps(self, linear: Any, measured: Sequence[bool]) -> dict[int, ghost.Uses]:

@@ -30,7 +30,14 @@ from mtl_optax.jacobian._rows import (
     scaled_products,
     sum_over_shards,
 )
-from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
+from mtl_optax.jacobian.ways._base import (
+    Cost,
+    Measurement,
+    RowsOf,
+    Way,
+    product_cost,
+    without_noise,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 # With more tasks than these, one more pass through the trunk costs less than it takes to keep the
@@ -81,7 +88,7 @@ class Ghost(Way):
         held = list(plain.values())
         products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
         products, scales = total([(products, scales), *self._shares(linear, taps, deltas)])
-        scales = jnp.where(jnp.diagonal(products) == 0, 0, scales * unit)
+        products, scales = without_noise(products, scales * unit)
 
         def mixed(weights: jax.Array) -> dict[int, jax.Array]:
             if layout.num_tasks > MOST_TASKS_HELD:

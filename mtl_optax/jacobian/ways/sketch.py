@@ -33,12 +33,19 @@ class Sketch(Ghost):
     Attributes:
       key: a typed random key; pass another one at each step.
       columns: how many columns of a gradient are kept, static, at least 1.
+
+    Raises:
+      ValueError: if `columns` < 1.
     """
 
     title = "sketch"
 
     key: jax.Array
     columns: int = dataclasses.field(default=32, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError(f"columns={self.columns}, expected at least 1")
 
     def tap_cost(self, uses: Uses, linear: LinearMap) -> float:
         """How many multiplications the cheaper of sketch and ghost takes."""

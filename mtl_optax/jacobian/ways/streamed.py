@@ -12,7 +12,14 @@ from mtl_optax._numerics import wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
 from mtl_optax.jacobian._rows import keep_rows, scaled_products
-from mtl_optax.jacobian.ways._base import Cost, Measurement, RowsOf, Way, product_cost
+from mtl_optax.jacobian.ways._base import (
+    Cost,
+    Measurement,
+    RowsOf,
+    Way,
+    product_cost,
+    without_noise,
+)
 from mtl_optax.jacobian.ways._walk import ZERO, Found, View, Walk, total
 
 
@@ -86,7 +93,7 @@ def _stream(
         alone, units, _ = scaled_products([rows], [rows], num_tasks, dtype)
         products += alone * (units[:, None] * units[None, :])
     products = (products + products.T) / 2
-    return products, jnp.where(jnp.diagonal(products) == 0, 0, scales.astype(dtype))
+    return without_noise(products, scales.astype(dtype))
 
 
 def _streamer(
