@@ -47,6 +47,7 @@ MODES = [
     {"gramian": "ghost"},
     {"gramian": "streamed"},
 ]
+AXIS_KINDS = ("tensor parallel", "data parallel", "explicit")
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 EXAMPLES = P(("data", "fsdp"))  # each device has its own, wherever the parameters are
 
@@ -159,6 +160,42 @@ def tensor_parallel(gramian):
     return max(map(float, jax.tree.leaves(relative)))
 
 
+def along_an_axis(kind):
+    """Of tasks along an axis, how far UPGrad's update and a pullback are from one device's."""
+    rng = np.random.default_rng(1)
+    params = {"w": rng.normal(size=(4, 8)).astype(np.float32), "v": np.ones(8, np.float32)}
+    x = rng.normal(size=(K, 8, 4)).astype(np.float32)
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
+
+    def loss(params, x, join=lambda out: out, average=lambda out: out):
+        return average(jnp.mean(join(jnp.tanh(x @ params["w"]) @ params["v"]) ** 2))
+
+    def read(loss, params, x):
+        tx = mtl.upgrad(len(x))
+        _, jac = mtl.value_and_jac(loss, in_axes=(None, 0))(params, x)
+        return tx.update(jac, tx.init(params), params)[0], jac.pullback(jnp.arange(1.0, len(x) + 1))
+
+    if kind == "explicit":
+        x = np.concatenate([x, x, x])[:8]  # a task a device
+        with jax.set_mesh(mesh):
+            whole, split = (NamedSharding(mesh, spec) for spec in (P(), P("d")))
+            placed = jax.device_put((params, x), (whole, split))
+            got = jax.device_get(jax.jit(functools.partial(read, loss))(*placed))
+    else:
+        if kind == "tensor parallel":
+            manual = functools.partial(loss, join=lambda out: jax.lax.psum(out, "d"))
+            specs, examples = {"w": P(None, "d"), "v": P("d")}, P()
+        else:
+            manual = functools.partial(loss, average=lambda out: jax.lax.pmean(out, "d"))
+            specs, examples = P(), P(None, "d")
+        split = functools.partial(jax.shard_map, mesh=mesh, out_specs=(specs, specs))
+        got = jax.jit(split(functools.partial(read, manual), in_specs=(specs, examples)))(params, x)
+    wanted = jax.jit(functools.partial(read, loss))(params, x)
+    relative = jax.tree.map(lambda a, b: np.max(np.abs(a - b)) / np.max(np.abs(b)), got, wanted)
+    return max(map(float, jax.tree.leaves(relative)))
+
+
 def distance(params, others):
     return max(float(np.max(np.abs(params[name] - others[name]))) for name in params)
 
@@ -228,6 +265,8 @@ def main(address=None, rank="0"):
     if not address:
         for way in ("rows", "ghost", "streamed", "columns"):
             results[f"tensor parallel {way}"] = tensor_parallel(way)
+        for kind in AXIS_KINDS:
+            results[f"axis {kind}"] = along_an_axis(kind)
     if rank == "0":
         print(json.dumps(results))
 

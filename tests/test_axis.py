@@ -241,3 +241,69 @@ def test_the_plan_says_which_leaves_are_heads():
     plan = str(mtl.value_and_jac(dense, in_axes=AXES, gramian="ghost")(PARAMS, X, IDS)[1].plan())
     assert "pairs of tasks" in plan
     assert "taken as shared" not in plan
+
+
+@jax.custom_vjp
+def layer(x, w):
+    return jnp.sin(x @ w)
+
+
+def layer_backward(residuals, g):
+    x, w = residuals
+    slope = g * jnp.cos(x @ w)
+    return slope @ w.T, x.T @ slope
+
+
+layer.defvjp(lambda x, w: (layer(x, w), (x, w)), layer_backward)
+
+
+@pytest.mark.parametrize("gramian", ["rows", "ghost"])
+def test_a_backward_rule_of_ones_own_is_followed(gramian):
+    def loss(p, x):
+        return jnp.sum(layer(x, p["w"]) * jnp.array([[1.0, 2.0, 3.0, 4.0]]))
+
+    weights, params = jnp.arange(1.0, N + 1), {"w": PARAMS["w"]}
+    _, jac = mtl.value_and_jac(loss, in_axes=(None, 0), gramian=gramian)(params, X)
+    each = jax.vmap(loss, (None, 0))
+    expected = jax.grad(lambda p: weights @ each(p, X))(params)
+    np.testing.assert_allclose(jac.pullback(weights)["w"], expected["w"], rtol=1e-5, atol=1e-5)
+    tx = mtl.upgrad(N)
+    update, _ = tx.update(jac, tx.init(params), params)
+    _, by_rows = mtl.value_and_jac(each, gramian="rows")(params, X)
+    expected, _ = tx.update(by_rows, tx.init(params), params)
+    np.testing.assert_allclose(update["w"], expected["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_leaves_and_variables_are_no_columns():
+    params = {"heads": PARAMS["heads"], "w": PARAMS["w"], "b": PARAMS["b"]}
+    loss = lambda p, x: dense(p, x, None)  # noqa: E731
+    axes = ({"heads": 0, "w": None, "b": None}, 0)
+    for frozen in params:
+        wrt = {name: name != frozen for name in params}
+        _, jac = mtl.value_and_jac(loss, in_axes=axes, wrt=wrt)(params, X)
+        expected = jax.grad(lambda p: jnp.sum(jax.vmap(loss, axes)(p, X)))(params)
+        update = jac.pullback(jnp.ones(N))
+        for name in params:
+            wanted = 0 * expected[name] if name == frozen else expected[name]
+            np.testing.assert_allclose(update[name], wanted, rtol=1e-5, atol=1e-6)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.body = nnx.Linear(6, 4, rngs=rngs)
+            self.norm, self.drop = nnx.BatchNorm(4, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return jnp.sum(self.drop(self.norm(self.body(x))) ** 2)
+
+    model = Model(nnx.Rngs(0))
+    model.eval()
+    for wrt, shapes in ((None, 4), (nnx.PathContains("body"), 2)):
+        run = mtl.value_and_jac(lambda m, x: m(x[0]), in_axes=(None, 0), wrt=wrt)
+        rows = run(model, X)[1].rows()
+        assert [len(leaf) for leaf in jax.tree.leaves(rows)] == [N] * shapes
+
+
+@pytest.mark.parametrize("in_axes", [(None, 3), (None, -4), (7, 0)])
+def test_an_axis_that_an_array_has_not_is_named(in_axes):
+    with pytest.raises(ValueError, match="axes that they have"):
+        mtl.value_and_jac(lambda p, x: jnp.sum(x @ p), in_axes=in_axes)(PARAMS["w"], X)

@@ -788,3 +788,30 @@ def test_points_that_are_drawn_differ_from_step_to_step():
     source = sources.source_of(problem, SETTINGS)
     points = jax.vmap(jax.vmap(lambda item: source.batch(source.data, item)))(source.first)["x"]
     assert len(np.unique(points.reshape(-1, 3), axis=0)) == 3 * 4
+
+
+def least_squares(metrics, **options):
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype("f")
+    options = {"steps": 20, "batch_size": 8, "metrics": metrics} | options
+    return Problem(lambda key: jnp.zeros(3), fits, x, x, x, **options)
+
+
+def fits(w, x):
+    return {"a": jnp.mean((x @ w - x[:, 0]) ** 2), "b": jnp.mean((x @ w + x[:, 1]) ** 2)}
+
+
+def test_a_metric_that_is_nan_is_left_out_and_chooses_nothing():
+    problem = least_squares(
+        lambda w, x: fits(w, x) | {"auc": w[0] * jnp.nan},
+        higher_is_better={"a": False, "b": False, "auc": True},
+        learning_rates=(1e-5, 1e-1),
+    )
+    found = mtl.compare.run(problem, ["uwso"], seeds=2, live=False, checkpoints=2, candidates=1)
+    assert found.results["left_out"] == ["auc"]
+    assert {s["rate"] for s in found.results["strategies"].values()} == {0.1}
+
+
+def test_one_loss_is_diagnosed():
+    one = lambda w, x: {"a": fits(w, x)["a"]}  # noqa: E731
+    problem = dataclasses.replace(least_squares(one, higher_is_better=False), loss_fn=one)
+    assert mtl.compare.diagnose(problem, seeds=1, steps=4).verdict == "nothing"

@@ -484,3 +484,33 @@ def test_a_product_of_weights_beyond_the_range_is_held_and_counted():
     update, state = tx.update(jac, tx.init(jnp.ones(2)), jnp.ones(2))
     assert np.all(np.isfinite(update))
     assert state[2].overflows.tolist() == [1, 0]
+
+
+def test_a_state_of_more_micro_batches_goes_on_with_fewer():
+    four, two = (multi_steps(mtl.sum_tasks(), every_k, 2) for every_k in (4, 2))
+    rows, w = jnp.ones((2, 2)), jnp.ones(2)
+    state = four.init(w)
+    for _ in range(3):
+        _, state = four.update(rows, state, w, losses=jnp.ones(2))
+    update, state = two.update(rows, state, w, losses=jnp.ones(2))
+    np.testing.assert_allclose(update, 2.0)
+    assert state.mini_step == 0
+
+
+@pytest.mark.parametrize("wrap", [skip_nonfinite, lambda tx: multi_steps(tx, 1, 2)])
+def test_the_first_state_can_be_donated(wrap):
+    tx = wrap(mtl.sum_tasks())
+    step = jax.jit(lambda rows, state: tx.update(rows, state, losses=jnp.ones(2)), donate_argnums=1)
+    update, _ = step(jnp.ones((2, 3)), tx.init(jnp.ones(3)))
+    np.testing.assert_allclose(update, 2.0)
+
+
+@pytest.mark.parametrize("name", ["ema", "adatask"])
+def test_a_nan_row_counts_for_nothing(name):
+    """As if the update with it had not been."""
+    tx = mtl.adatask(2) if name == "adatask" else optax.chain(mtl.ema_tasks(2), mtl.sum_tasks())
+    rows, w = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones(2)
+    expected, _ = tx.update(rows, tx.init(w), w, losses=jnp.ones(2))
+    _, state = tx.update(rows.at[:, 0].set(jnp.nan), tx.init(w), w, losses=jnp.ones(2))
+    update, _ = tx.update(rows, state, w, losses=jnp.ones(2))
+    np.testing.assert_allclose(update, expected, rtol=1e-6)

@@ -681,3 +681,9 @@ def test_match_norm_keeps_what_an_unsolvable_program_falls_back_to():
     update, state = tx.update(rows, tx.init(rows[0]), rows[0], losses=jnp.ones(2))
     np.testing.assert_allclose(update, 0.35 * gradient, rtol=1e-5)
     assert state.inner_state.fallbacks == 1
+
+
+def test_conflict_free_counts_rows_that_are_all_nan():
+    tx = mtl.conflict_free(2)
+    _, state = tx.update(jnp.full((2, 3), jnp.nan), tx.init(jnp.ones(3)), losses=jnp.ones(2))
+    assert state.fallbacks == 1

@@ -478,3 +478,24 @@ def test_guarded_rows_at_hand_with_heads(name, given):
     got, wanted = updates(params)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("gramian", ["ghost", "streamed"])
+def test_a_gradient_that_cancels_to_rounding_has_no_negative_square(gramian):
+    """x is of rank 2, and the cotangent of one task lies where xᵀ is 0."""
+    smallest = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        x = (rng.normal(size=(8, 2)) @ rng.normal(size=(2, 64))).astype(np.float32)
+        null = np.linalg.svd(x.T.astype(np.float64))[2][-1]
+        cotangent = np.outer(null, rng.normal(size=64)).astype(np.float32)
+
+        def losses(w, x=x, cotangent=cotangent):
+            y = x @ w
+            return {"a": jnp.sum(y * cotangent), "b": jnp.mean(y**2)}
+
+        w = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
+        _, jac = mtl.value_and_jac(losses, gramian=gramian)(w)
+        smallest.append(jac.scaled_gramian()[0].diagonal().min())
+        assert np.isfinite(jac.norms()).all()
+    assert min(smallest) >= 0

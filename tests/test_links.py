@@ -225,3 +225,49 @@ def test_summarize_reads_every_number_a_task_wherever_it_stands():
     assert summary["weights.3/a"] == state[2].weights[0]
     assert summary["fallbacks"] == 0
     assert all(value.shape == () for value in summary.values())
+
+
+def test_options_are_checked_inside_jit_as_outside():
+    two, x = jnp.float32(2.0), jnp.array([[2.0, -1.0]])
+
+    def focal(gamma):
+        return lambda x: mtl.losses.softmax_focal_loss(x, jnp.array([0]), gamma=gamma)
+
+    def priority(gamma):
+        return lambda kpi: mtl.losses.task_priority(kpi, gamma)
+
+    np.testing.assert_allclose(jax.jit(focal(two))(x), focal(2.0)(x))
+    for wrong in (-1.0, jnp.float32(-1.0)):
+        with pytest.raises(ValueError, match="gamma is -1"):
+            jax.jit(focal(wrong))(x)
+    np.testing.assert_allclose(jax.jit(priority(two))(0.5), priority(2.0)(0.5), rtol=1e-6)
+    with pytest.raises(ValueError, match="gamma is -2"):
+        jax.jit(priority(-2.0))(0.5)
+
+    def solve(Q):
+        return mtl.solvers.simplex_qp(Q, present=jnp.array([True, False])).x
+
+    np.testing.assert_allclose(jax.jit(solve)(jnp.eye(2)), [1.0, 0.0])
+    made = jax.jit(lambda w: mtl.every(jnp.int32(2), mtl.mgda(2)).init(w))(jnp.ones(2))
+    assert made.wait == 0
+    jax.jit(lambda w: mtl.stch(2, kind="log", warmup=2, window=jnp.int32(2)).init(w))(jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: mtl.dwa(2, window=1.5),
+        lambda: mtl.every(jnp.float32(2.5), mtl.mgda(2)),
+        lambda: mtl.forum(2, inner_steps=2.5),
+    ],
+)
+def test_what_counts_is_whole(make):
+    with pytest.raises(ValueError, match="whole number"):
+        make()
+
+
+def test_a_pair_is_expected_of_a_function_with_aux():
+    with pytest.raises(TypeError, match=r"expected a pair \(losses, aux\)"):
+        mtl.value_and_jac(lambda w: [jnp.sum(w), jnp.sum(w**2)], has_aux=True)(jnp.ones(2))
+    with pytest.raises(ValueError, match="columns=0"):
+        mtl.Sketch(jax.random.key(0), columns=0)

@@ -729,3 +729,15 @@ def test_20_000_steps_with_a_loss_of_0_and_a_negative_one(name):
         np.testing.assert_array_equal(last, first)
     else:
         assert np.all(np.delete(last - first, 2) < 0)
+
+
+@pytest.mark.parametrize(
+    "params", [{"w": jnp.ones(3), "step": jnp.array(3)}, {"w": jnp.ones(3), "s": 2.0}]
+)
+def test_m_config_takes_a_frozen_integer_and_a_number(params):
+    tx = mtl.m_config(2)
+    losses = lambda p: [jnp.sum(p["w"] ** 2), jnp.sum(p["w"])]  # noqa: E731
+    wrt = {name: name == "w" for name in params}
+    _, jac = mtl.value_and_jac(losses, wrt=wrt)(params)
+    update, _ = tx.update(jac, tx.init(params), params)
+    assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, params)

@@ -66,6 +66,11 @@ def test_devices_that_hold_parts_of_the_parameters_add_up(results, gramian):
     assert results[f"tensor parallel {gramian}"] < 2e-6
 
 
+@pytest.mark.parametrize("kind", worker.AXIS_KINDS)
+def test_tasks_along_an_axis_are_those_of_one_device(results, kind):
+    assert results[f"axis {kind}"] < 5e-6
+
+
 @pytest.mark.parametrize(
     "run", [run for run in RUNS if run.split()[0] not in ("processes", "explicit")]
 )

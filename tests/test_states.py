@@ -219,3 +219,35 @@ def test_a_sum_and_a_loss_an_example_are_called_by_their_names():
     with pytest.raises(ValueError, match="a loss an example that was not reduced") as error:
         tx.update(jac, tx.init(PARAMS))
     assert len(str(error.value)) < 300
+
+
+class RowsAndMore(NamedTuple):
+    rows: mtl.PerTask
+    inner: optax.OptState  # whose own annotation only a type checker can resolve
+
+
+def test_what_a_field_says_holds_whatever_its_neighbours_say():
+    def update_fn(jacobian, state, **extra_args):
+        return jacobian, state._replace(rows=jacobian.rows() + state.rows + 1)
+
+    tx = mtl.link(lambda params: RowsAndMore(jnp.zeros((2, 2)), ()), update_fn, 2)
+    jac = mtl.as_jacobian(jnp.diag(jnp.array([1.0, 10.0])), jnp.ones(2))
+    _, state = tx.update(jac, tx.init(jnp.ones(2)), present=[True, False])
+    assert state.rows.tolist() == [[2.0, 1.0], [0.0, 0.0]]
+
+
+def test_gathered_micro_batches_move_with_their_tasks():
+    tx = mtl.multi_steps(mtl.weights([1.0, 1.0]), 2, 2)
+    rows, w = jnp.diag(jnp.array([1.0, 10.0])), jnp.ones(2)
+    state = tx.init(w)
+    _, state = tx.update(rows, state, w, losses=jnp.ones(2), present=jnp.array([True, False]))
+    moved = mtl.resize_state(state, ("a", "b"), ("b", "a"))
+    assert moved.counts.tolist() == [0, 1]
+    assert moved.rows.tolist() == [[0.0, 0.0], [1.0, 0.0]]
+
+
+def test_names_may_be_numbers_as_text():
+    losses = lambda w: {str(k): jnp.sum((w - k) ** 2) for k in (9, 10)}  # noqa: E731
+    _, jac = mtl.value_and_jac(losses)(jnp.ones(2))
+    found = mtl.summarize(mtl.dwa(2).init(jnp.ones(2)), jac.names)
+    assert {"weights/10", "weights/9"} <= set(found)

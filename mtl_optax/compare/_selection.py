@@ -66,7 +66,9 @@ def choose(
     tuned = {title: np.concatenate([job[title] for job in pool], axis=1) for title in PER_CONFIG}
 
     # One metric alone is best where it is best against any number, such as 1.
-    everything, ones = list(range(len(metrics))), np.ones(len(metrics))
+    numbers = np.isfinite(equal["validation"]).any(axis=(0, 1, 2))
+    everything = np.flatnonzero(numbers).tolist() or list(range(len(metrics)))
+    ones = np.ones(len(everything))
     singles = {}
     for i, name in enumerate(metrics if setup.singles else []):
         start = len(rates) * setup.names.index(name)
@@ -122,7 +124,8 @@ def glance(setup: Setup, notes: Notes) -> dict[str, float]:
     best = {}
     for i, name in enumerate(setup.metric_names):
         values = notes["validation"][..., i].mean(axis=0)
-        best[name] = float((np.nanmax if setup.higher[name] else np.nanmin)(values))
+        known = values[np.isfinite(values)]
+        best[name] = float((max if setup.higher[name] else min)(known, default=np.nan))
     return best
 
 

@@ -19,7 +19,7 @@ from mtl_optax.jacobian._linear_map import RowMode
 from mtl_optax.jacobian._losses import check_losses, check_reduced
 from mtl_optax.jacobian._opaque import check_residuals
 from mtl_optax.jacobian._program import Program, is_var, reachable
-from mtl_optax.jacobian._rows import combine_rows, if_finite, keep_rows
+from mtl_optax.jacobian._rows import combine_rows, gathered, gathered_tasks, if_finite, keep_rows
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +99,8 @@ class MappedMap:
         """The K rows, leaves `(K, *shape)`: one backward pass of each element."""
         del mode
         blocks = [self._rows_of_loss(group) for group in self.program.groups]
-        rows = [jnp.concatenate(each) for each in zip(*blocks, strict=True)]
+        joined = [jnp.concatenate(each) for each in zip(*blocks, strict=True)]
+        rows = [gathered_tasks(row) for row in joined]
         return rows if self.present is None else [keep_rows(row, self.present) for row in rows]
 
     def mapped(self, fn: Callable[..., Any]) -> Any:
@@ -122,7 +123,8 @@ class MappedMap:
                 return _program.evaluate(program.jaxpr, residuals, *leaves)
 
             in_axes = (self.axes, tuple(0 if s else None for s in self.stacked))
-            return jax.vmap(one, in_axes, axis_size=size)(tuple(self.residuals), leaves)
+            each = jax.vmap(one, in_axes, axis_size=size)(tuple(self.residuals), leaves)
+            return [gathered(loss) for loss in each]
 
         wholes = [self._whole(i) for i in range(len(self.stacked))]
         groups = zip(weights.reshape(-1, size), program.groups, strict=True)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from mtl_optax._compat import body_of, is_jaxpr, new_jaxpr
+from mtl_optax.jacobian._rows import gathered
 
 # What moves or widens the entries of a parameter and leaves all inner products as they are.
 ISOMETRIES = ("transpose", "reshape", "convert_element_type", "squeeze", "copy", "copy_p")
@@ -60,7 +61,8 @@ class Program:
     @classmethod
     def of(cls, linear_fn: Callable, *primals: Any) -> tuple["Program", list[Any]]:
         """Stages out `linear_fn`, which is linear in the trees `primals`, and its residuals."""
-        jaxpr, residuals = _sort_out(*_inline(jax.make_jaxpr(linear_fn)(*primals)))
+        whole = lambda *primals: jax.tree.map(gathered, linear_fn(*primals))  # noqa: E731
+        jaxpr, residuals = _sort_out(*_inline(jax.make_jaxpr(whole)(*primals)))
         return cls(_unstack_outputs(jaxpr)), residuals
 
     def __repr__(self) -> str:

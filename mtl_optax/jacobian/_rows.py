@@ -126,8 +126,19 @@ def on_all_shards(flags: jax.Array) -> jax.Array:
 
 def gathered(x: jax.Array) -> jax.Array:
     """The array whole on every device of a mesh whose axes are Explicit."""
+    return _resharded(x, lambda spec: PartitionSpec())
+
+
+def gathered_tasks(rows: jax.Array) -> jax.Array:
+    """The rows of all tasks on every device of such a mesh, each split as it was."""
+    return _resharded(rows, lambda spec: PartitionSpec(None, *spec[1:]))
+
+
+def _resharded(x: jax.Array, change: Callable[[PartitionSpec], PartitionSpec]) -> jax.Array:
     mesh = explicit_mesh(x)
-    return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None or not any(spec := jax.typeof(x).sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, change(spec)))
 
 
 def contract(a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int]]) -> jax.Array:

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from mtl_optax._numerics import power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._mapped import MappedMap
-from mtl_optax.jacobian._rows import keep_rows, max_over_shards, scaled_products, sum_over_shards
+from mtl_optax.jacobian._rows import (
+    gathered,
+    keep_rows,
+    max_over_shards,
+    scaled_products,
+    sum_over_shards,
+)
 from mtl_optax.jacobian.ways import ghost
 from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows, without_noise
 
@@ -76,7 +82,7 @@ def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.A
         each = jax.vmap(lambda x: ghost.inputs_of(x, use), axes[use.x], axis_size=size)
         return each(values[use.x])
 
-    x = jnp.concatenate([inputs(use) for use in uses], axis=2)
+    x, delta = gathered(jnp.concatenate([inputs(use) for use in uses], axis=2)), gathered(delta)
     if linear.present is not None:
         x = keep_rows(x, jnp.any(linear.present.reshape(-1, size), axis=0))
     delta = delta.astype(wide(delta.dtype))
