@@ -183,7 +183,7 @@ _ROWS = (
              _ARXIV + "2305.20057", aggregators.modo, stateful=True),
     Strategy("sdmgrad", "aggregator", "batches", "mean", "a direction near a preferred one",
              _ARXIV + "2305.18409", aggregators.sdmgrad, stateful=True),
-    Strategy("m_config", "aggregator", "rows", "free", "ConFIG on momenta, one task a step",
+    Strategy("m_config", "aggregator", "rows", "unit", "ConFIG on momenta, one task a step",
              _ARXIV + "2408.11104", aggregators.m_config, stateful=True, ordered=True),
 )
 # fmt: on

@@ -266,6 +266,14 @@ def per_task(name: str, value: Any, jacobian: Jacobian) -> jax.Array:
     return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]).astype(jacobian.dtype)
 
 
+def check_preference(preference: Any) -> None:
+    """Raises unless a preference is None, or non-negative and not 0 for all tasks."""
+    check_option("preference", preference, lambda p: p >= 0, "non-negative weights")
+    given = not is_traced(preference) and jax.tree.leaves(preference)
+    if given and not any(np.any(np.asarray(leaf)) for leaf in given):
+        raise ValueError(f"preference={preference}, expected at least one task above 0")
+
+
 def preference_vector(given: Any, default: Any, jacobian: Jacobian) -> jax.Array:
     """A preference as `(K,)`, the default where none is given."""
     return per_task("preference", default if given is None else given, jacobian)

@@ -266,6 +266,12 @@ def test_what_counts_is_whole(make):
         make()
 
 
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "conflict_free", "aligned_mtl", "stch"])
+def test_a_preference_for_nobody_is_refused(name):
+    with pytest.raises(ValueError, match="at least one task above 0"):
+        mtl.make(name, 2, preference=[0.0, 0.0])
+
+
 def test_a_pair_is_expected_of_a_function_with_aux():
     with pytest.raises(TypeError, match=r"expected a pair \(losses, aux\)"):
         mtl.value_and_jac(lambda w: [jnp.sum(w), jnp.sum(w**2)], has_aux=True)(jnp.ones(2))

@@ -7,14 +7,8 @@ import optax
 
 from mtl_optax._numerics import dot
 from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._base import (
-    check_preference,
-    relative_norms,
-    row_factors,
-    shares,
-    solved_aggregator,
-)
-from mtl_optax.links import check_choice
+from mtl_optax.aggregators._base import relative_norms, row_factors, shares, solved_aggregator
+from mtl_optax.links import check_choice, check_preference
 
 SCALES = ("min", "median", "rmse")
 
@@ -51,8 +45,8 @@ def aligned_mtl(
       could not be solved, as with NaN rows: uniform weights 1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, `scale` is none of the three, a preference is negative, or the
-        losses are not K.
+      ValueError: if `num_tasks` < 1, `scale` is none of the three, a preference is negative or all
+        0, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

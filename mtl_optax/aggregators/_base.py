@@ -14,7 +14,6 @@ from mtl_optax.jacobian import Jacobian
 from mtl_optax.links import (
     check_choice,
     check_num_tasks,
-    check_option,
     dealt,
     link,
     preference_vector,
@@ -89,12 +88,6 @@ def combined(
         return jacobian.combine(weights * shortened)
     even = jnp.full(jacobian.num_tasks, shortened, weights.dtype)
     return jacobian.scale(weights).combine(even)
-
-
-def check_preference(preference: TaskOption | None) -> None:
-    """Raises unless a preference is None or non-negative."""
-    if preference is not None:
-        check_option("preference", preference, lambda p: p >= 0, "non-negative weights, or None")
 
 
 def shares(preference: TaskOption | None, jacobian: Jacobian) -> jax.Array:

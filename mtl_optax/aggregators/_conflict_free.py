@@ -5,13 +5,8 @@ import optax
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._base import (
-    check_preference,
-    relative_norms,
-    row_factors,
-    solved_aggregator,
-)
-from mtl_optax.links import preference_vector
+from mtl_optax.aggregators._base import relative_norms, row_factors, solved_aggregator
+from mtl_optax.links import check_preference, preference_vector
 
 
 def conflict_free(
@@ -42,7 +37,7 @@ def conflict_free(
       (antiparallel rows, alone) or rows are NaN: uniform weights 1, the sum.
 
     Raises:
-      ValueError: if `num_tasks` < 1, a preference is negative, or the losses are not K.
+      ValueError: if `num_tasks` < 1, a preference is negative or all 0, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -4,12 +4,8 @@ import optax
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._base import (
-    check_preference,
-    relative_norms,
-    shares,
-    solved_aggregator,
-)
+from mtl_optax.aggregators._base import relative_norms, shares, solved_aggregator
+from mtl_optax.links import check_preference
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 
@@ -36,7 +32,7 @@ def dualproj(
       weights 1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, a preference is negative, or the losses are not K.
+      ValueError: if `num_tasks` < 1, a preference is negative or all 0, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

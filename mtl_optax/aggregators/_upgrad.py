@@ -5,7 +5,8 @@ import optax
 
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._base import check_preference, shares, solved_aggregator
+from mtl_optax.aggregators._base import shares, solved_aggregator
+from mtl_optax.links import check_preference
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 
@@ -39,7 +40,7 @@ def upgrad(
       updates whose programs could not be solved, as with NaN rows: uniform weights 1/K.
 
     Raises:
-      ValueError: if `num_tasks` < 1, a preference is negative, or the losses are not K.
+      ValueError: if `num_tasks` < 1, a preference is negative or all 0, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -8,8 +8,15 @@ import optax
 
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import check_preference, unit_vector
-from mtl_optax.links import check_num_tasks, check_option, link, per_task, preference_vector
+from mtl_optax.balancers._usable import unit_vector
+from mtl_optax.links import (
+    check_num_tasks,
+    check_option,
+    check_preference,
+    link,
+    per_task,
+    preference_vector,
+)
 from mtl_optax.states import PerTask
 
 # Off the ray by less than this many machine epsilons is on it: the rest is rounding.

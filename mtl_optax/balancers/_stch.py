@@ -11,7 +11,6 @@ from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import (
     bounded_exp,
-    check_preference,
     positive_log,
     softmax_over,
     softmax_when,
@@ -21,6 +20,7 @@ from mtl_optax.links import (
     check_choice,
     check_num_tasks,
     check_option,
+    check_preference,
     is_traced,
     link,
     per_task,

@@ -5,11 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from mtl_optax._numerics import divide, power_of_two
-from mtl_optax.links import check_option, is_traced
 
 # An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
 _LARGEST_GRADIENT = 1e18
@@ -73,13 +71,6 @@ def step_each(
         return jax.tree.map(lambda new, old: jnp.where(moves, new, old), new, old)
 
     return jax.vmap(step)(opt_state, values, gradients, moves)
-
-
-def check_preference(preference: Any) -> None:
-    """Raises unless a preference is non-negative and not all 0; traced values pass unchecked."""
-    check_option("preference", preference, lambda p: p >= 0, "at least 0")
-    if not is_traced(preference) and not any(np.any(leaf) for leaf in jax.tree.leaves(preference)):
-        raise ValueError(f"preference={preference}, expected at least one task above 0")
 
 
 def unit_vector(x: jax.Array) -> tuple[jax.Array, jax.Array]:
