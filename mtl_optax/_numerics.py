@@ -11,14 +11,24 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(dtype) if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def focal(kpi: jax.Array, gamma: jax.Array) -> jax.Array:
+    """-(1 - κ)^γ log κ, of κ kept within 1e-6 of 0 and 1: nothing and no slope is infinite."""
+    kappa = jnp.clip(kpi, 1e-6, 1 - 1e-6)
+    return -((1 - kappa) ** gamma) * jnp.log(kappa)
+
+
 def underflows(dtype: DTypeLike) -> bool:
     """Whether the dtype has no small numbers, as float16 and float8 have none."""
     return bool(jnp.finfo(dtype).minexp > -100)
 
 
+# The default of a TPU is bfloat16, of many a GPU TensorFloat-32.
+EXACT = jax.lax.Precision.HIGHEST
+
+
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in full precision (the TPU default is bfloat16)."""
-    return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    """The product in full precision."""
+    return jnp.dot(a, b, precision=EXACT)
 
 
 def divide(a: ArrayLike, b: jax.Array, otherwise: ArrayLike = 0) -> jax.Array:

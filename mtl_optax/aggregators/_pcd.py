@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.links import (
     BELOW_ONE,
@@ -118,13 +118,13 @@ def pcd(
         q = jnp.where(bound, cosines[:, first] * length[first] - share, 0)
         solution = nonnegative_qp(Q, q)
         mu = jnp.where(bound, solution.x, 0)
-        slack = jnp.dot(Q, mu, precision=jax.lax.Precision.HIGHEST) + q
+        slack = dot(Q, mu) + q
         # Without a feasible point the program has no bound, and its finite answer misses by much.
         met = jnp.all(slack >= -1e-4 * jnp.max(jnp.abs(q))) & jnp.all(jnp.isfinite(mu))
 
         direction = jnp.where(others, jnp.where(met, mu, 0), length[first])  # of unit rows
-        reached = jnp.dot(cosines, direction, precision=jax.lax.Precision.HIGHEST)
-        square = jnp.dot(direction, reached, precision=jax.lax.Precision.HIGHEST)
+        reached = dot(cosines, direction)
+        square = dot(direction, reached)
         rounding = 10 * jnp.finfo(Q.dtype).eps * jnp.sum(jnp.abs(direction)) ** 2
         nonzero = square > rounding
         scale = norms[first] / jnp.sqrt(jnp.where(nonzero, square, 1))

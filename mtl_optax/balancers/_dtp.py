@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._numerics import focal
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
-
-# Keeps log away from 0, and the weight of a solved task from vanishing for good.
-_MARGIN = 1e-6
 
 
 class DtpState(NamedTuple):
@@ -98,10 +96,10 @@ def scale_by_dtp(
         average = jnp.where(jnp.isnan(state.kpis), clamped, average)
         average = jnp.where(jnp.isnan(seen), state.kpis, average)
 
-        kappa = jnp.clip(average, _MARGIN, 1 - _MARGIN)
-        priority = -((1 - kappa) ** per_task("gamma", gamma, jacobian)) * jnp.log(kappa)
+        # Kept off 1, the weight of a solved task does not vanish for good.
+        priority = focal(average, per_task("gamma", gamma, jacobian))
         # A task without any KPI yet keeps the weight that it starts with.
-        weights = jnp.where(jnp.isnan(kappa), 1, priority).astype(jnp.float32)
+        weights = jnp.where(jnp.isnan(average), 1, priority).astype(jnp.float32)
         return jacobian.scale(weights), DtpState(weights, average, state.invalid + ~valid)
 
     return link(init_fn, update_fn, num_tasks)

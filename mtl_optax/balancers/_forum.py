@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._lookahead import jacobian_of
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import EXACT, divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
 from mtl_optax.links import COUNT, check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
-
-_EXACT = jax.lax.Precision.HIGHEST
 
 
 class ForumState(NamedTuple):
@@ -137,7 +135,7 @@ def forum(
         falls = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(fall)]
         along = jnp.zeros(num_tasks, jnp.float32)
         for u, f in zip(units, falls, strict=True):
-            along += sum_over_shards(jnp.tensordot(u, f, axes=f.ndim, precision=_EXACT))
+            along += sum_over_shards(jnp.tensordot(u, f, axes=f.ndim, precision=EXACT))
         square = sum(sum_over_shards(jnp.sum(f**2)) for f in falls) + jnp.sum(rise**2)
         along_per_square = divide(along, square)
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtl_optax._branch import fallback
 from mtl_optax._compat import explicit_mesh, varying_axes
-from mtl_optax._numerics import dot, power_of_two, wide
+from mtl_optax._numerics import EXACT, dot, power_of_two, wide
 
 # Columns that a CPU multiplies at a time.
 _BLOCK = 8192
@@ -22,9 +22,7 @@ _FEW = 2**16
 def mix(weights: jax.Array, rows: jax.Array) -> jax.Array:
     """Σ w_k rows_k of one leaf, accumulated in at least float32."""
     dtype = wide(rows.dtype)
-    mixed = jnp.tensordot(
-        weights.astype(dtype), rows.astype(dtype), 1, precision=jax.lax.Precision.HIGHEST
-    )
+    mixed = jnp.tensordot(weights.astype(dtype), rows.astype(dtype), 1, precision=EXACT)
     return mixed.astype(rows.dtype)
 
 
@@ -148,7 +146,7 @@ def contract(a: jax.Array, b: jax.Array, axes: tuple[Sequence[int], Sequence[int
         a,
         b,
         (axes, ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=EXACT,
         out_sharding=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
     )
     return sum_over_shards(products)
@@ -200,9 +198,7 @@ def mixed_products(rows: Sequence[jax.Array], mixing: jax.Array, units: jax.Arra
     total = jnp.zeros_like(mixing)
     for row in rows:
         units_of = per_row(jnp.where(units > 0, units, 1), row)
-        mixed = jnp.tensordot(
-            mixing, row.astype(mixing.dtype) / units_of, 1, precision=jax.lax.Precision.HIGHEST
-        )
+        mixed = jnp.tensordot(mixing, row.astype(mixing.dtype) / units_of, 1, precision=EXACT)
         total += _products(mixed, mixed)
     return total
 

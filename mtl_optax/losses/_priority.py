@@ -10,13 +10,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import wide
+from mtl_optax._numerics import focal, wide
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
-
-# That of `dtp`: the logarithm and the power stay finite, and so do their slopes.
-_MARGIN = 1e-6
 
 
 def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shape"]:
@@ -59,9 +56,8 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
         raise ValueError(f"gamma is {gamma}, expected a number >= 0")
     kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
     # A narrower type has no number so near to 1.
-    kappa = jnp.clip(kpi.astype(wide(kpi.dtype)), _MARGIN, 1 - _MARGIN)
-    priority = -((1 - kappa) ** gamma.astype(kappa.dtype)) * jnp.log(kappa)
-    return priority.astype(kpi.dtype)
+    exact = kpi.astype(wide(kpi.dtype))
+    return focal(exact, gamma.astype(exact.dtype)).astype(kpi.dtype)
 
 
 def accuracy(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import power_of_two, wide
+from mtl_optax._numerics import EXACT, power_of_two, wide
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._mapped import MappedMap
 from mtl_optax.jacobian._rows import (
@@ -26,8 +26,6 @@ from mtl_optax.jacobian._rows import (
 )
 from mtl_optax.jacobian.ways import ghost
 from mtl_optax.jacobian.ways._base import Measurement, RowsOf, mix_rows, without_noise
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +99,7 @@ def _layer(linear: MappedMap, uses: ghost.Uses, delta: jax.Array) -> tuple[jax.A
     pairs = _gram(delta)  # (e, K, n, K, n)
     e, num_tasks, n = pairs.shape[:3]
     pairs = pairs.reshape(e, blocks, size, n, blocks, size, n)
-    products = jnp.einsum("eiajb,eliamjb->limj", square, pairs, precision=_HIGHEST)
+    products = jnp.einsum("eiajb,eliamjb->limj", square, pairs, precision=EXACT)
     products = sum_over_shards(products.reshape(num_tasks, num_tasks))
     return (products + products.T) / 2, scales * unit
 
@@ -110,5 +108,5 @@ def _gram(x: jax.Array) -> jax.Array:
     """Products of all rows, `(e, N, n, N, n)` of `(N, e, n, c)`."""
     size, e, n, c = x.shape
     flat = jnp.moveaxis(x, 1, 0).reshape(e, size * n, c)
-    products = jnp.matmul(flat, flat.mT, precision=_HIGHEST)
+    products = jnp.matmul(flat, flat.mT, precision=EXACT)
     return products.reshape(e, size, n, size, n)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import divide, power_of_two, wide
+from mtl_optax._numerics import EXACT, divide, power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
@@ -39,7 +39,6 @@ from mtl_optax.jacobian.ways._base import (
     without_noise,
 )
 
-_HIGHEST = jax.lax.Precision.HIGHEST
 # With more tasks than these, one more pass through the trunk costs less than it takes to keep the
 # cotangents of all its layers until the weights are known.
 MOST_TASKS_HELD = 8
@@ -312,15 +311,15 @@ def ghost_products(
         x = x.astype(delta.dtype)
         unit = max_over_shards(power_of_two(jnp.max(jnp.abs(x), initial=0)))
         x = x / unit
-        square = jnp.einsum("enc,emc->enm", x, x, precision=_HIGHEST)
+        square = jnp.einsum("enc,emc->enm", x, x, precision=EXACT)
 
     def gramian(square: jax.Array, delta: jax.Array) -> jax.Array:
         # One product at a time and one for all pairs: on CPU a contraction of several axes at once,
         # or products of vectors, cost several times as much.
-        mix_one = lambda one: jnp.matmul(square, one, precision=_HIGHEST)  # noqa: E731
+        mix_one = lambda one: jnp.matmul(square, one, precision=EXACT)  # noqa: E731
         mixed = (one_by_one if in_turn else jax.vmap)(mix_one)(delta)
         flat = (len(delta), math.prod(delta.shape[1:]))
-        return jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=_HIGHEST)
+        return jnp.matmul(mixed.reshape(flat), delta.reshape(flat).T, precision=EXACT)
 
     if len(square) == 1:
         matrix = gramian(square[0], delta.reshape(len(delta), *delta.shape[2:]))

@@ -6,12 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import wide
+from mtl_optax._numerics import EXACT, wide
 from mtl_optax.jacobian._linear_map import LinearMap
 from mtl_optax.jacobian._rows import scaled_products
 from mtl_optax.jacobian.ways.ghost import Ghost, Uses, ghost_cost
-
-_HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.tree_util.register_dataclass
@@ -59,10 +57,8 @@ class Sketch(Ghost):
             return super().layer(leaf, uses, x, delta)
         key, dtype = jax.random.fold_in(self.key, leaf), wide(delta.dtype)
         signs = jax.random.rademacher(key, (delta.shape[-1], self.columns), dtype)
-        narrow = jnp.matmul(
-            delta.astype(dtype), signs / math.sqrt(self.columns), precision=_HIGHEST
-        )
-        rows = [jnp.einsum("enc,kenm->kecm", x.astype(dtype), narrow, precision=_HIGHEST)]
+        narrow = jnp.matmul(delta.astype(dtype), signs / math.sqrt(self.columns), precision=EXACT)
+        rows = [jnp.einsum("enc,kenm->kecm", x.astype(dtype), narrow, precision=EXACT)]
         products, scales, _ = scaled_products(rows, rows, len(delta), dtype)
         return products, scales
 
