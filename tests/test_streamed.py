@@ -383,6 +383,21 @@ def test_a_step_of_upgrad_holds_one_layer():
     assert temporary(step, *args) < temporary(plain, *args) + 1.1 * layer
 
 
+def test_auto_leaves_what_cannot_be_mapped_to_ghost():
+    sizes, x = jnp.array([6, 10]), jax.random.normal(jax.random.key(0), (16, 128))
+    params = jax.random.normal(jax.random.key(1), (3, 2, 128, 128)) / 20
+
+    def losses(p, x):
+        layer = lambda h, w: (jnp.tanh(jax.lax.ragged_dot(h, w, sizes)), None)  # noqa: E731
+        h, _ = jax.lax.scan(jax.checkpoint(layer), x, p)
+        return [jnp.mean(h**2), jnp.sum(h), jnp.mean(jnp.sin(h))]
+
+    gramians = [
+        mtl.value_and_jac(losses, gramian=way)(params, x)[1].gramian() for way in ("auto", "rows")
+    ]
+    np.testing.assert_allclose(*gramians, rtol=1e-4, atol=1e-6)
+
+
 def main():
     for num_tasks in (4, 10):
         for trunk in ("list", "list, remat", "w[i]", "w[i], remat", "scan", "scan, remat"):
