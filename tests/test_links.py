@@ -275,5 +275,9 @@ def test_a_preference_for_nobody_is_refused(name):
 def test_a_pair_is_expected_of_a_function_with_aux():
     with pytest.raises(TypeError, match=r"expected a pair \(losses, aux\)"):
         mtl.value_and_jac(lambda w: [jnp.sum(w), jnp.sum(w**2)], has_aux=True)(jnp.ones(2))
+    with pytest.raises(TypeError, match=r"expected a pair \(losses, aux\)"):
+        mtl.value_and_feature_jac(lambda w: w, lambda w, h: {"a": jnp.sum(h)}, has_aux=True)(
+            jnp.ones(2)
+        )
     with pytest.raises(ValueError, match="columns=0"):
         mtl.Sketch(jax.random.key(0), columns=0)

@@ -90,13 +90,7 @@ class Arguments:
 
         def losses_of(leaves: Sequence[Any]) -> Any:
             result, changes = self.call(loss_fn, self.with_leaves(leaves))
-            if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-                raise TypeError(
-                    "with has_aux=True the loss function returned "
-                    f"{type(result).__name__} of {jax.tree.structure(result)}, expected a pair "
-                    "(losses, aux)"
-                )
-            losses, *aux = result if has_aux else (result,)
+            losses, aux = split_aux(result, has_aux)
             return losses, (aux, changes)
 
         losses, linear_fn, (aux, changes) = jax.linearize(losses_of, self.leaves, has_aux=True)
@@ -114,6 +108,18 @@ class Arguments:
         """A mask over the parameters as one bool for each trained leaf."""
         full = resolve_mask(mask, self.params, option)
         return tuple(m for m, is_trained in zip(full, self.trained, strict=True) if is_trained)
+
+
+def split_aux(result: Any, has_aux: bool) -> tuple[Any, list[Any]]:
+    """The losses, and what else the function returned: nothing, or one value."""
+    if not has_aux:
+        return result, []
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"with has_aux=True the loss function returned {jax.tree.structure(result)}, expected "
+            "a pair (losses, aux)"
+        )
+    return result[0], [result[1]]
 
 
 def _positions(num_args: int, argnums: int | Sequence[int]) -> list[int]:

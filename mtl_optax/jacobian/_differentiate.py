@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtl_optax.jacobian._arguments import Arguments
+from mtl_optax.jacobian._arguments import Arguments, split_aux
 from mtl_optax.jacobian._given import GivenRows
 from mtl_optax.jacobian._jacobian import Jacobian
 from mtl_optax.jacobian._layout import Layout, Mask, resolve_mask
@@ -204,7 +204,7 @@ def value_and_feature_jac(
         def losses_of(leaves, features):
             fn = lambda params, _, *args, **kwargs: decode_fn(params, features, *args, **kwargs)  # noqa: E731
             result, changes = decoding.call(fn, decoding.with_leaves(leaves))
-            losses, *aux = result if has_aux else (result,)
+            losses, aux = split_aux(result, has_aux)
             return losses, (aux, changes)
 
         losses, decode_linear, (aux, changes) = jax.linearize(
