@@ -303,10 +303,10 @@ def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
     0 is even. It says nothing about how much of a front is covered; the volume does.
 
     Args:
-      points: the metrics of N >= 2 solutions, ``(N, K)``.
+      points: the metrics of N >= 2 solutions, ``(N, K)``; a solution with a NaN is left out.
 
     Returns:
-      A scalar, at least 0, in the unit of the metrics.
+      A scalar, at least 0, in the unit of the metrics; NaN where no two are left.
 
     Raises:
       ValueError: if the shape doesn't fit, or there are less than two points.
@@ -323,9 +323,11 @@ def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
     points = _solutions(points)
     if len(points) < 2:
         raise ValueError(f"got {len(points)} points, expected at least 2 to be apart")
+    known = jnp.all(jnp.isfinite(points), axis=1)
     apart = jnp.sum(jnp.abs(points[:, None] - points[None]), axis=2)
-    nearest = jnp.min(jnp.where(jnp.eye(len(points), dtype=bool), jnp.inf, apart), axis=1)
-    return jnp.std(nearest, ddof=1)
+    others = known[None, :] & ~jnp.eye(len(points), dtype=bool)
+    nearest = jnp.min(jnp.where(others, apart, jnp.inf), axis=1)
+    return jnp.std(nearest, ddof=1, where=known)
 
 
 def _solutions(points: ArrayLike) -> jax.Array:

@@ -133,6 +133,9 @@ def test_igd_by_hand(points, front, options, expected):
 def test_spacing_by_hand():
     # Nearest at 1, 1 and 4: their mean is 2, the squares of the deviations sum to 6.
     assert float(spacing([[0, 0], [1, 0], [2, 3]])) == pytest.approx(np.sqrt(3))
+    with_nan = [[0, 0], [np.nan, 0], [1, 0], [2, 3], [1, np.inf]]
+    assert float(spacing(with_nan)) == pytest.approx(np.sqrt(3))
+    assert np.isnan(spacing([[0, 0], [np.nan, 0]]))
 
 
 def test_ranks_and_volumes_say_what_does_not_fit():
