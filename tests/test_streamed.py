@@ -396,6 +396,8 @@ def test_auto_leaves_what_cannot_be_mapped_to_ghost():
         mtl.value_and_jac(losses, gramian=way)(params, x)[1].gramian() for way in ("auto", "rows")
     ]
     np.testing.assert_allclose(*gramians, rtol=1e-4, atol=1e-6)
+    with pytest.raises(NotImplementedError, match='use gramian="ghost"'):
+        mtl.value_and_jac(losses, gramian="streamed")(params, x)[1].gramian()
 
 
 def main():

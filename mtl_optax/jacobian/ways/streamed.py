@@ -88,7 +88,14 @@ def _stream(
     if read:
         own_of_read = {i: own.pop(i) for i in read if i in own}
         stream = _streamer(heads.linear, read, own_of_read, products[0], walks)
-        products += jax.vmap(stream)(jnp.arange(num_tasks), met)
+        try:
+            products += jax.vmap(stream)(jnp.arange(num_tasks), met)
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                'gramian="streamed" passes the K cotangents back together, by jax.vmap, which '
+                f'something in the loss function does not take ({error}): use gramian="ghost", or '
+                '"auto", which does'
+            ) from error
     for rows in own.values():
         alone, units, _ = scaled_products([rows], [rows], num_tasks, dtype)
         products += alone * (units[:, None] * units[None, :])
