@@ -114,7 +114,8 @@ def receive(
     elif len(leaves) > 1 and all(map(is_jacobian, leaves)):
         raise TypeError(
             f"a multi-task strategy got the Jacobians of {len(leaves)} batches, expected one: pass "
-            "one of them (only strategies of several batches, such as mtl.modo, take a tuple)"
+            "one of them (only strategies of several batches, such as mtl.modo, take a tuple, and "
+            "no link or wrapper around them does)"
         )
     elif losses is None:
         raise TypeError(
