@@ -66,7 +66,7 @@ def scale_by_auto_lambda(
       mean-like with `softmax`).
 
     Raises:
-      TypeError: if `validation_fn=` or the parameters are missing.
+      TypeError: if `validation_fn=` or the parameters are missing, or `softmax` is no bool.
       ValueError: if `num_tasks` < 1, `learning_rate` <= 0, or the losses are not K.
 
     Examples:

@@ -55,6 +55,7 @@ def scale_by_encodec(
       average where it is given (and the norms are measured on the parameters).
 
     Raises:
+      TypeError: if `per_example` is no bool.
       ValueError: if `num_tasks` < 1, an option is out of range, the losses are not K, or
         `per_example` finds features of several batch sizes.
 

@@ -74,7 +74,7 @@ def scale_by_famo(
       A balancer: Jacobian in, Jacobian out. Update scale: mean-like (weights sum to 1).
 
     Raises:
-      ValueError: if `num_tasks` < 1, or the losses or `min_losses` are not K.
+      ValueError: if `num_tasks` < 1, `min_losses` are not finite, or they or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

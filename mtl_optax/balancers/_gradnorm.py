@@ -64,7 +64,8 @@ def scale_by_gradnorm(
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
 
     Raises:
-      ValueError: if `num_tasks` < 1, `alpha` < 0, or the losses are not K.
+      ValueError: if `num_tasks` < 1, `alpha` < 0, an initial loss is not positive, or the losses
+        are not K.
 
     Examples:
       Fed by `jax.jacrev` over the shared parameters alone:

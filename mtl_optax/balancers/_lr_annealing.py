@@ -64,6 +64,7 @@ def scale_by_lr_annealing(
       A balancer: Jacobian in, Jacobian out. Update scale: free (weights are often 10 and more).
 
     Raises:
+      TypeError: if `layerwise` is no bool.
       ValueError: if `num_tasks` < 1, `decay` is not in [0, 1), no task is the reference, or the
         losses are not K.
 

@@ -57,6 +57,7 @@ def scale_by_softadapt(
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like (weights sum to K).
 
     Raises:
+      TypeError: if `normalize` or `loss_weighted` is no bool.
       ValueError: if `num_tasks` < 1, `window` < 1, `beta` is not finite, or the losses are not K.
 
     Examples:

@@ -66,7 +66,8 @@ def scale_by_uncertainty(
       then free.
 
     Raises:
-      ValueError: if `num_tasks` < 1, `kind` or `regularizer` is unknown, or the losses are not K.
+      ValueError: if `num_tasks` < 1, `kind` or `regularizer` is unknown, an initial log variance is
+        not finite, or the losses are not K.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -52,6 +52,7 @@ def ema_tasks(
       A balancer: Jacobian in, Jacobian out. Update scale: as before.
 
     Raises:
+      TypeError: if `debias` is no bool.
       ValueError: if `num_tasks` < 1, `decay` is not in [0, 1), the losses are not K, or `init` gets
         no parameters.
 
