@@ -96,9 +96,9 @@ def value_and_jac(
     Raises:
       TypeError: if `loss_fn` is no function, a parameter or a loss is not of a real floating-point
         type, or with `has_aux` it returns no pair.
-      ValueError: if `rows`, `gramian`, `argnums` or `in_axes` is none that the call can have, a named
-        loss is not a scalar, a mask does not fit the parameters, or a loss inside `jax.shard_map`
-        was not reduced over the devices.
+      ValueError: if `rows`, `gramian`, `argnums` or `in_axes` is none that the call can have, a
+        named loss is not a scalar, a mask does not fit the parameters, or a loss inside
+        `jax.shard_map` was not reduced over the devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
