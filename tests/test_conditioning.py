@@ -514,3 +514,11 @@ def test_a_nan_row_counts_for_nothing(name):
     _, state = tx.update(rows.at[:, 0].set(jnp.nan), tx.init(w), w, losses=jnp.ones(2))
     update, _ = tx.update(rows, state, w, losses=jnp.ones(2))
     np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adatask", "m_config", "moco"])
+def test_rows_of_narrow_parameters_are_kept_in_float32(name):
+    state = mtl.make(name, 2).init(jnp.ones(3, jnp.float8_e4m3fn))
+    rows = [leaf for leaf in jax.tree.leaves(state) if jnp.shape(leaf) == (2, 3)]
+    assert rows
+    assert {leaf.dtype for leaf in rows} == {jnp.dtype("float32")}
