@@ -215,8 +215,9 @@ def test_every_in_front_of_other_links_behaves_as_a_balancer():
         mtl.every(2, mtl.normalize_tasks()).init(None)
     with pytest.raises(ValueError, match=r"n=1\.5, expected at least 1 update"):
         mtl.every(1.5, mtl.mgda(2))
-    with pytest.raises(ValueError, match="at least 1 update"):
-        mtl.every(0, mtl.mgda(2))
+    for wrong in (0, "3", True, None, 2.0):
+        with pytest.raises(ValueError, match="at least 1 update"):
+            mtl.every(wrong, mtl.mgda(2))
 
 
 def test_a_step_between_refreshes_costs_what_fixed_weights_cost():

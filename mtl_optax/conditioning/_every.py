@@ -70,7 +70,8 @@ def every(
       [0.5, 1.0]
       [0.8, 0.4]
     """
-    is_whole = not callable(n) and jnp.issubdtype(jnp.result_type(n), jnp.integer)
+    is_number = isinstance(n, int | np.integer | jax.Array) and not isinstance(n, bool)
+    is_whole = is_number and jnp.issubdtype(jnp.result_type(n), jnp.integer)
     if not callable(n) and not is_traced(n) and not (is_whole and np.asarray(n) >= 1):
         raise ValueError(
             f"n={n!r}, expected at least 1 update from one refresh to the next, a whole number, or "
