@@ -1,6 +1,5 @@
 """AdaTask: Adam with moments of its own for each task."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.jacobian._rows import finite_rows, per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
 
@@ -81,7 +80,7 @@ def adatask(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         rows = jax.tree.leaves(jacobian.rows())
-        good = functools.reduce(jnp.logical_and, map(finite_rows, rows))
+        good = finite_rows(rows)
         count = jnp.where(good, optax.safe_increment(state.count), state.count)
 
         def debiased(moment: jax.Array, beta: float | jax.Array) -> jax.Array:
@@ -98,7 +97,8 @@ def adatask(
         for g, m, v in moments:
             known = per_row(good, g)
             momentum = jnp.where(known, b1 * m + (1 - b1) * g, m).astype(m.dtype)
-            second = jnp.where(known, b2 * v + (1 - b2) * g.astype(v.dtype) ** 2, v).astype(v.dtype)
+            square = jnp.where(known, b2 * v + (1 - b2) * g.astype(v.dtype) ** 2, v)
+            second = keep_finite(square, v).astype(v.dtype)  # a square may overflow
             steps.append(divide(debiased(momentum, b1), jnp.sqrt(debiased(second, b2)) + eps))
             new.append((momentum, second))
         momenta, seconds = zip(*new, strict=True)

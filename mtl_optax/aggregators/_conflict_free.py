@@ -68,12 +68,11 @@ def conflict_free(
         # By the rounding of the components.
         error = num_tasks * jnp.finfo(values.dtype).eps * jnp.linalg.norm(aims)
         noise = jnp.sum((2 * jnp.abs(components) + error) * error * inverse)
-        solved = (square > noise) & jnp.all(jnp.isfinite(norms))
+        solved = square > noise
         projection = dot(relative, reached)
         length = divide(projection, square, projection)
         nothing = (jnp.max(norms) == 0) | (jnp.max(aims) == 0)
         coefficients = length * dot(vectors, inverse * components)
-        nothing &= jnp.all(jnp.isfinite(norms))
-        return divide(coefficients, relative), solved | nothing
+        return divide(coefficients, relative), (solved | nothing) & jnp.all(jnp.isfinite(norms))
 
     return solved_aggregator(num_tasks, solve, 1.0)

@@ -91,8 +91,7 @@ def sdmgrad(
     check_option("learning_rate", learning_rate, lambda x: x > 0, "more than 0")
     check_option("momentum", momentum, *BELOW_ONE)
     check_option("num_steps", num_steps, *COUNT)
-    if preference is not None:
-        check_option("preference", preference, lambda x: x >= 0, "at least 0")
+    check_option("preference", preference, lambda x: x >= 0, "at least 0")
 
     def init_fn(params):
         del params

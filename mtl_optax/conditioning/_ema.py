@@ -1,6 +1,5 @@
 """Moving averages of the rows: less noise before the tasks are weighed against each other."""
 
-import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -84,7 +83,7 @@ def ema_tasks(
         beta = jnp.asarray(decay(state.count) if callable(decay) else decay, jnp.float32)
         rows = jax.tree.leaves(jacobian.rows())
         averages, treedef = jax.tree.flatten(state.rows)
-        good = functools.reduce(jnp.logical_and, map(finite_rows, rows))
+        good = finite_rows(rows)
         averages = [
             jnp.where(per_row(good, m), beta * m + (1 - beta) * row, m).astype(m.dtype)
             for m, row in zip(averages, rows, strict=True)

@@ -81,11 +81,10 @@ def multi_steps(
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
-        zero = jnp.zeros([], jnp.int32)
+        zeros = jnp.zeros([2], jnp.int32)  # no buffer twice, or it can't be donated
         counts, losses = jnp.zeros(num_tasks, jnp.int32), jnp.zeros(num_tasks, jnp.float32)
         rows = task_zeros(num_tasks, params)
-        state = MultiStepsState(zero, zero, counts, losses, rows, tx.init(params))
-        return jax.tree.map(jnp.copy, state)  # no buffer twice, or it can't be donated
+        return MultiStepsState(zeros[0], zeros[1], counts, losses, rows, tx.init(params))
 
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args

@@ -377,8 +377,7 @@ class Jacobian:
         none_wrong = jnp.all(jnp.stack([all_finite(leaf) for leaf in total]))
 
         def one_by_one():
-            rows = seen([heads.rows("isolated") for heads in every])
-            return jnp.all(jnp.stack([finite_rows(row) for row in rows]), axis=0)
+            return finite_rows(seen([heads.rows("isolated") for heads in every]))
 
         return finite & fallback(~none_wrong, one_by_one, lambda: jnp.ones_like(finite))
 

@@ -103,16 +103,16 @@ class MappedMap:
         rows = [gathered_tasks(row) for row in joined]
         return rows if self.present is None else [keep_rows(row, self.present) for row in rows]
 
-    def mapped(self, fn: Callable[..., Any]) -> Any:
-        """`fn(*residuals)` of each element, along a first axis."""
+    def mapped(self, fn: Callable[..., Any], *along: Any) -> Any:
+        """`fn(residuals, *slices)` of each element, with its slices of `along`: a first axis."""
         avals = [v.aval for v in self.program.jaxpr.constvars]
         shapes = [
             jax.ShapeDtypeStruct(a.shape if axis is None else (self.size, *a.shape), a.dtype)
             for a, axis in zip(avals, self.axes, strict=True)
         ]
         check_residuals(self.residuals, shapes)
-        in_axes = (self.axes,)
-        return jax.vmap(lambda r: fn(*r), in_axes, axis_size=self.size)(tuple(self.residuals))
+        in_axes = (self.axes, *[0] * len(along))
+        return jax.vmap(fn, in_axes, axis_size=self.size)(tuple(self.residuals), *along)
 
     def _pull(self, weights: jax.Array) -> list[jax.Array]:
         """Jᵀw as the transpose of all elements at once: no row is formed."""
@@ -139,11 +139,10 @@ class MappedMap:
     def _pull_each(self, cotangents: Sequence[jax.Array]) -> list[jax.Array]:
         """Jᵀw as the sum over the elements, each transposed by itself."""
 
-        def one(cotangents: Sequence[Any], residuals: Sequence[Any]) -> list[Any]:
+        def one(residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
             return _program.transpose(self.program.jaxpr, residuals)(cotangents)
 
-        each = jax.vmap(one, (0, self.axes), axis_size=self.size)
-        pulled = each(list(cotangents), tuple(self.residuals))
+        pulled = self.mapped(one, list(cotangents))
         return [
             leaf if is_stacked else jnp.sum(leaf, axis=0)
             for leaf, is_stacked in zip(pulled, self.stacked, strict=True)
@@ -157,7 +156,7 @@ class MappedMap:
             shapes = [self._whole(i) for i in leaves]
             return [jnp.zeros((self.size, *s.shape), s.dtype) for s in shapes]
         one = jnp.ones((), group.aval.dtype)
-        rows = self.mapped(lambda *residuals: _program.transpose(jaxpr, residuals)([one]))
+        rows = self.mapped(lambda residuals: _program.transpose(jaxpr, residuals)([one]))
         return [
             _diagonal(row) if is_stacked else row
             for row, is_stacked in zip(rows, self.stacked, strict=True)

@@ -112,9 +112,10 @@ def all_finite(x: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
     return on_all_shards(jnp.all(jnp.isfinite(x), axis=axes))
 
 
-def finite_rows(rows: jax.Array) -> jax.Array:
-    """Which rows of one leaf are finite, `(K,)`."""
-    return all_finite(rows, tuple(range(1, rows.ndim)))
+def finite_rows(rows: Sequence[jax.Array]) -> jax.Array:
+    """Which rows are finite in all leaves, `(K,)`."""
+    per_leaf = [all_finite(row, tuple(range(1, row.ndim))) for row in rows]
+    return jnp.all(jnp.stack(per_leaf), axis=0)
 
 
 def on_all_shards(flags: jax.Array) -> jax.Array:

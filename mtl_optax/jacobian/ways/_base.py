@@ -29,12 +29,6 @@ class Measurement(NamedTuple):
     mix: Callable[[jax.Array], dict[int, jax.Array]] = lambda weights: {}
 
 
-def without_noise(products: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The Gramian diag(s) M diag(s) with zero rows where rounding left no positive square."""
-    seen = ~(jnp.diagonal(products) <= 0)  # a NaN stays
-    return jnp.where(seen[:, None] & seen[None, :], products, 0), jnp.where(seen, scales, 0)
-
-
 class Cost(NamedTuple):
     """What measuring one leaf takes.
 
@@ -92,6 +86,12 @@ class Way:
         """The way with the rows of the other tasks 0."""
         del tasks
         return self
+
+
+def without_noise(products: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The Gramian diag(s) M diag(s) with zero rows where rounding left no positive square."""
+    seen = ~(jnp.diagonal(products) <= 0)  # a NaN stays
+    return jnp.where(seen[:, None] & seen[None, :], products, 0), jnp.where(seen, scales, 0)
 
 
 def mix_rows(rows: dict[int, jax.Array]) -> Callable[[jax.Array], dict[int, jax.Array]]:
