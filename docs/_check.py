@@ -3,8 +3,9 @@
     python docs/_check.py site                        # every page, at 1,400 and 400 pixels
     python docs/_check.py site --screenshots DIR      # and pictures, light and dark
 
-It finds pages wider than the window, code that is cut, broken names, raw TeX, missing pictures and,
-without a browser, links to pages and headings that there are not.
+It finds pages wider than the window, code that is cut, broken names, raw TeX, missing pictures,
+words that one types into the search in vain and, without a browser, links that lead to no page or
+heading.
 """
 
 import argparse
@@ -29,6 +30,16 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # What is worth a picture: one page of each kind.
 SHOWN = ("", "guide/", "methods/", "methods/upgrad/", "concepts/", "faq/", "performance/",
          "notebooks/conflict/", "gallery/", "api/jacobian/", "glossary/")  # fmt: skip
+# What people come for, and the heading in the FAQ under which the search finds it.
+SOUGHT = {
+    "freeze": "How do I freeze a part of the model?",
+    "missing labels": "How do I handle missing labels?",
+    "clip": "How do I clip gradients?",
+    "BatchNorm": "How do I use BatchNorm?",
+    "log": "How do I log the weights?",
+    "compare": "How do I compare strategies on my own data?",
+    "cost": "What does a strategy cost?",
+}
 # Loads each page at each width in a frame of this page, and sends what it sees.
 INSPECT = """
 <body><script>
@@ -58,17 +69,19 @@ function look(page, width, view) {
       report(`raw markup ${node.textContent.trim().slice(0, 80)}`);
   }
 }
-async function inspect(page) {
+async function opened(page) {
   const frame = document.createElement("iframe");
-  frame.style.cssText = "height: 900px; border: 0";
+  frame.style.cssText = `width: ${WIDTHS[0]}px; height: 900px; border: 0`;
+  const loaded = new Promise(done => (frame.onload = done));
+  frame.src = page;
+  document.body.append(frame);
+  await loaded;
+  return frame;
+}
+async function inspect(page) {
+  const frame = await opened(page);
   for (const width of WIDTHS) {
     frame.style.width = `${width}px`;
-    if (!frame.isConnected) {
-      const loaded = new Promise(done => (frame.onload = done));
-      frame.src = page || "/";
-      document.body.append(frame);
-      await loaded;
-    }
     await settle(150);
     look(page, width, frame.contentWindow);
   }
@@ -77,6 +90,19 @@ async function inspect(page) {
 async function search() {
   const index = await (await fetch("/search/search_index.json")).json();
   if (index.docs.length < PAGES.length) found.push("the search index misses pages");
+  const frame = await opened("/"), find = name => frame.contentDocument.querySelector(name);
+  for (const [words, title] of Object.entries(SOUGHT)) {
+    const box = find("[data-md-component=search-query]");
+    const seen = () => find("[data-md-component=search-result]")?.textContent.includes(title);
+    for (let turn = 0; box && turn < 100 && !seen(); turn++) {
+      box.focus();
+      box.value = words;
+      for (const kind of ["input", "keyup"]) box.dispatchEvent(new Event(kind, { bubbles: true }));
+      await settle(100);
+    }
+    if (!seen()) found.push(`the search for ${words} does not find ${title}`);
+  }
+  frame.remove();
 }
 (async () => {
   const waiting = [...PAGES];
@@ -113,7 +139,8 @@ def pages(site: Path) -> list[str]:
 def inspect(site: Path, some: list[str] | None = None, timeout: float = 300) -> list[str]:
     """What is wrong on the pages of a site, or on some of them, one line each."""
     found: queue.Queue[list[str]] = queue.Queue()
-    script = _script(PAGES=pages(site) if some is None else some, WIDTHS=WIDTHS) + INSPECT
+    some = pages(site) if some is None else some
+    script = _script(PAGES=some, WIDTHS=WIDTHS, SOUGHT=SOUGHT) + INSPECT
     with _serving(site, script, found.put) as address, _chromium(address):
         try:
             return found.get(timeout=timeout)

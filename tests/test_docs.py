@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 import warnings
+from typing import Any
 
 import jax
 import matplotlib as mpl
@@ -134,3 +135,29 @@ def test_a_page_lists_the_catalog():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"**{len(mtl.STRATEGIES)} strategies**" in readme
     assert len(readme.splitlines()) <= 150
+
+
+def test_a_release_shows_the_readme_wherever_it_is_read(monkeypatch):
+    sys.path.insert(0, str(ROOT))
+    import hatch_build
+
+    def built() -> dict[str, Any]:
+        metadata = {"version": "1.2.3"}
+        hatch_build.Repository(str(ROOT), {}).update(metadata)
+        return metadata
+
+    monkeypatch.delenv("REPOSITORY_URL", raising=False)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert built()["readme"]["text"] == readme
+    assert "urls" not in built()
+    monkeypatch.setenv("REPOSITORY_URL", "https://host/someone/mtl_optax/")
+    text = built()["readme"]["text"]
+    links = re.findall(r"(!?)\[[^]]*\]\(([^)]*)\)", text)
+    assert len(links) == len(re.findall(r"\]\(", readme)) > 20
+    assert all(link.startswith("https://") for _, link in links)
+    for kind, picture in (("blob", ""), ("raw", "!")):
+        start = f"https://host/someone/mtl_optax/{kind}/v1.2.3/"
+        ours = [link.removeprefix(start) for p, link in links if p == picture if start in link]
+        assert ours
+        assert all((ROOT / path).exists() for path in ours)
+    assert built()["urls"]["Source"] == "https://host/someone/mtl_optax"

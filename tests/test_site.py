@@ -20,16 +20,6 @@ import _notebooks  # noqa: E402
 import _pictures  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# What people come for, and the heading under which they find it.
-QUESTIONS = {
-    "freeze": "How do I freeze a part of the model?",
-    "missing labels": "How do I handle missing labels?",
-    "clip": "How do I clip gradients?",
-    "BatchNorm": "How do I use BatchNorm?",
-    "log": "How do I log the weights?",
-    "compare": "How do I compare strategies on my own data?",
-    "cost": "What does a strategy cost?",
-}
 needs_browser = pytest.mark.skipif(_check.browser() is None, reason="no Chromium is installed")
 
 
@@ -69,10 +59,15 @@ def test_the_site_loads_nothing_from_elsewhere(site):
 def test_what_people_look_for_is_a_heading_and_in_the_search(site):
     entries = json.loads((site / "search" / "search_index.json").read_text("utf-8"))["docs"]
     faq = {entry["title"]: entry for entry in entries if entry["location"].startswith("faq/#")}
-    for word, title in QUESTIONS.items():
+    for word, title in _check.SOUGHT.items():
         assert word.lower() in (title + faq[title]["text"]).lower()
     for name in mtl.STRATEGIES:
         assert any(entry["location"] == f"methods/{name}/" for entry in entries)
+
+
+@needs_browser
+def test_the_search_finds_what_people_type(site):
+    assert _check.inspect(site, ["/faq/"]) == []
 
 
 @pytest.mark.long
@@ -105,6 +100,7 @@ def test_the_check_finds_what_is_wrong(tmp_path):
         "raw TeX",
         "raw markup $$y$$",
         "search index",
+        "search for freeze",
     ]
     for fault in faults:
         assert any(fault in line for line in found), (fault, found)
