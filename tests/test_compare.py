@@ -398,6 +398,13 @@ def test_a_metric_keeps_its_name_whatever_their_order():
         assert test[1, 0, i] == pytest.approx(float(found[name]), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("models", "fitting", "at_once"), [(5, 8, 5), (15, 8, 5), (11, 8, 1), (24, 8, 8), (24, 0, 1)]
+)
+def test_no_model_is_measured_twice_and_few_on_many_examples(models, fitting, at_once):
+    assert setups._side_by_side(models, fitting) == at_once
+
+
 def test_halves_are_every_other_example():
     one, other = sources.halves({"x": np.arange(6), "scalar": np.float32(3)})
     assert one["x"].tolist() == [0, 2, 4]

@@ -15,9 +15,10 @@ from flax import nnx
 
 import mtl_optax as mtl
 from mtl_optax.compare._problem import Problem, Settings, by_name, check_names
-from mtl_optax.compare._source import source_of
+from mtl_optax.compare._source import num_examples, source_of
 
-AT_ONCE = 8  # models that are measured side by side
+AT_ONCE = 8  # models that are measured side by side, at most,
+EXAMPLES = 1 << 17  # on no more examples in all: what a model makes of them is held
 # What these do is seen in a report, not in what was trained.
 NOT_TRAINED = ("_command.py", "_report.py", "_plots.py", "_curves.py", "_style.py", "_summary.py")
 
@@ -88,8 +89,10 @@ class Setup:
         self.initial_losses = np.asarray(jax.jit(jax.vmap(self._first_losses))(
             self.params, self.rest, jax.tree.map(lambda x: x[:, 0], self.source.first)
         ))  # fmt: skip
-        self.geometry = _mapped(self._geometry)
-        self._measure = _mapped(self._both)
+        models = settings.seeds * len(settings.learning_rates)  # at least; or a multiple of it
+        held = sum(num_examples(split) or 1 for split in (self._validation, self._test))
+        self.geometry = _mapped(self._geometry, _side_by_side(models, AT_ONCE))
+        self._measure = _mapped(self._both, _side_by_side(models, EXAMPLES // held))
 
     def one_seed(self, seed: int) -> tuple[Any, Any]:
         """The initial parameters of a seed, and the state beside them."""
@@ -206,22 +209,23 @@ class Setup:
         return jnp.where(self.present(batch), vector, jnp.nan)
 
 
-def _mapped(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of a model and more, over models with the axes ``(S, C)``, a few at a time.
+def _side_by_side(models: int, fitting: int) -> int:
+    """How many of `models`, a divisor of them, are measured at a time."""
+    return max(n for n in range(1, AT_ONCE + 1) if models % n == 0 and n <= max(fitting, 1))
 
-    It is compiled for one number of models alone: copies of the last fill it up.
-    """
+
+def _mapped(function: Callable[..., Any], at_once: int) -> Callable[..., Any]:
+    """`function` of a model and more, over models with the axes ``(S, C)``, `at_once` at a time."""
     some = jax.jit(lambda models, *more: jax.vmap(lambda m: function(*m, *more))(models))
 
     def all_of_them(params: Any, rest: Any, *more: Any) -> Any:
         shape = jax.tree.leaves(params)[0].shape[:2]
-        places, count = list(np.ndindex(*shape)), int(np.prod(shape))
-        values = []
-        for start in range(0, count, AT_ONCE):
-            s, c = np.array([places[min(i, count - 1)] for i in range(start, start + AT_ONCE)]).T
+        places, values = list(np.ndindex(*shape)), []
+        for start in range(0, len(places), at_once):
+            s, c = np.array(places[start : start + at_once]).T
             models = jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest))
             values.append(jax.device_get(some(models, *more)))
-        joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *values)
+        joined = jax.tree.map(lambda *parts: np.concatenate(parts), *values)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), joined)
 
     return all_of_them
