@@ -238,10 +238,10 @@ def test_options_are_checked_inside_jit_as_outside():
 
     np.testing.assert_allclose(jax.jit(focal(two))(x), focal(2.0)(x))
     for wrong in (-1.0, jnp.float32(-1.0)):
-        with pytest.raises(ValueError, match="gamma is -1"):
+        with pytest.raises(ValueError, match="gamma=-1"):
             jax.jit(focal(wrong))(x)
     np.testing.assert_allclose(jax.jit(priority(two))(0.5), priority(2.0)(0.5), rtol=1e-6)
-    with pytest.raises(ValueError, match="gamma is -2"):
+    with pytest.raises(ValueError, match="gamma=-2"):
         jax.jit(priority(-2.0))(0.5)
 
     def solve(Q):

@@ -35,7 +35,7 @@ def test_finite_at_the_ends(gamma):
     # The largest number below 1 of a narrow type is further from it than the ends are.
     narrow = ends[1].astype(jnp.bfloat16)
     assert np.isfinite(jax.grad(lambda k: task_priority(k, gamma))(narrow))
-    with pytest.raises(ValueError, match="gamma is -1"):
+    with pytest.raises(ValueError, match="gamma=-1"):
         task_priority(0.5, -1.0)
 
 
@@ -59,7 +59,7 @@ def test_indicators_count():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"labels have shape \(2, 3\)"):
         accuracy(jnp.ones((2, 3)), jnp.ones((2, 3), int))
-    with pytest.raises(ValueError, match="tolerance is 0"):
+    with pytest.raises(ValueError, match="tolerance=0"):
         share_within(jnp.ones(2), 0.0)
-    with pytest.raises(ValueError, match="softness is -1"):
+    with pytest.raises(ValueError, match="softness=-1"):
         share_within(jnp.ones(2), 1.0, softness=-1.0)

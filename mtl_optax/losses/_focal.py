@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import wide
+from mtl_optax.links import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -171,9 +170,7 @@ def _negative_log_complement(errors: jax.Array) -> jax.Array:
 def _check_gamma(gamma: ArrayLike) -> jax.Array:
     if jnp.ndim(gamma) != 0:
         raise ValueError(f"gamma has shape {jnp.shape(gamma)}, expected a scalar")
-    # By NumPy: inside `jit` an array's comparison is traced.
-    if not isinstance(gamma, Tracer) and not np.asarray(gamma) >= 0:
-        raise ValueError(f"gamma is {gamma}, expected a number >= 0: 0 turns the focus off")
+    check_option("gamma", gamma, lambda g: g >= 0, "at least 0, where 0 turns the focus off")
     return jnp.asarray(gamma)
 
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import focal, wide
+from mtl_optax.links import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -51,9 +50,7 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, 2018, eqs. 4-6.
     """
-    # By NumPy: inside `jit` an array's comparison is traced.
-    if not isinstance(gamma, Tracer) and np.any(np.asarray(gamma) < 0):
-        raise ValueError(f"gamma is {gamma}, expected a number >= 0")
+    check_option("gamma", gamma, lambda g: g >= 0, "at least 0")
     kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
     # A narrower type has no number so near to 1.
     exact = kpi.astype(wide(kpi.dtype))
@@ -124,10 +121,9 @@ def share_within(
       >>> round(kpi.item(), 4), round(soft.item(), 4)
       (0.6667, 0.6209)
     """
-    if not isinstance(tolerance, Tracer) and not np.all(np.asarray(tolerance) > 0):
-        raise ValueError(f"tolerance is {tolerance}, expected above 0, in the unit of the errors")
-    if softness < 0:
-        raise ValueError(f"softness is {softness}, expected at least 0, in the unit of the errors")
+    unit = "in the unit of the errors"
+    check_option("tolerance", tolerance, lambda t: t > 0, f"more than 0, {unit}")
+    check_option("softness", softness, lambda s: s >= 0, f"at least 0, {unit}")
     errors, tolerance = jnp.asarray(errors), jnp.asarray(tolerance)
     room = tolerance - jnp.abs(errors.astype(wide(jnp.result_type(float, errors))))
     return jnp.mean(jax.nn.sigmoid(room / softness) if softness else (room >= 0).astype(room.dtype))
