@@ -208,13 +208,18 @@ def conform(update: Any, params: Any) -> Any:
 
 def check_num_tasks(num_tasks: int) -> None:
     """Raises unless `num_tasks` is a static, positive integer."""
-    if isinstance(num_tasks, bool) or not isinstance(num_tasks, int):
+    check_count("num_tasks", num_tasks)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raises unless an option that shapes the program is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
-            f"num_tasks is {num_tasks!r}, expected a Python int: it shapes the state and is static "
-            '(with optax.inject_hyperparams, name it in static_args=("num_tasks",))'
+            f"{name}={value!r}, expected a Python int: it shapes the program and is static "
+            f'(with optax.inject_hyperparams, name it in static_args=("{name}",))'
         )
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks={num_tasks}, expected at least 1: the number of losses")
+    if value < least:
+        raise ValueError(f"{name}={value}, expected at least {least}")
 
 
 def is_traced(value: Any) -> bool:
@@ -225,7 +230,7 @@ def is_traced(value: Any) -> bool:
 # What a share or the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
 BELOW_ONE = (lambda x: (x >= 0) & (x < 1), "in [0, 1)")
 UP_TO_ONE = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
-# What counts steps or groups may be.
+# What counts steps may be.
 COUNT = (lambda x: (x >= 1) & (x % 1 == 0), "a whole number of at least 1")
 
 

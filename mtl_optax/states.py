@@ -103,14 +103,14 @@ def hold(present: jax.Array, new: Any, old: Any) -> Any:
 
 
 def check_state(
-    state: Any, made: set[type], expected: Callable[[], Any], num_tasks: int | None
+    state: Any, made: set[type], expected: type | Callable[[], Any], num_tasks: int | None
 ) -> None:
     """Raises where a state is not one that the link made.
 
     Args:
       state: what `update` got.
       made: the types that are known to be right, to which this one is added.
-      expected: returns a state such as `init` makes, or its shapes.
+      expected: the type that `init` makes, or a function that returns such a state.
       num_tasks: the K of the link, None for any.
     """
     made_for = num_tasks_of(state) if is_link_state(state) else None
@@ -123,12 +123,12 @@ def check_state(
     if type(state) in made:
         return
     try:
-        wanted = jax.eval_shape(expected)
+        wanted = expected if isinstance(expected, type) else type(jax.eval_shape(expected))
     except (AttributeError, TypeError, ValueError):  # without the parameters that it needs
         return
-    if type(state) is not type(wanted):
+    if type(state) is not wanted:
         raise ValueError(
-            f"the state is a {type(state).__name__}, expected the {type(wanted).__name__} that "
+            f"the state is a {type(state).__name__}, expected the {wanted.__name__} that "
             "this link's init makes: it is that of another strategy. Start the strategy anew and "
             "keep the optimizer: in a chain, (tx.init(params)[0], *opt_state[1:])"
         )

@@ -36,6 +36,13 @@ def test_weights_fit_names_orders_and_schedules():
         jac, state = tx.update(grads, tx.init(None), losses=losses)
         assert {k: float(v) for k, v in jac.losses.items()} == {"a": 2.0, "b": 3.0}
         np.testing.assert_array_equal(state.weights, [2.0, 3.0])
+    for whole in ([2, 3], {"a": 2, "b": 3}, np.array([2, 3])):
+        tx = mtl.scale_by_weights(whole)
+        jac, state = tx.update(grads, tx.init(None), losses=losses)
+        np.testing.assert_array_equal(state.weights, [2.0, 3.0])
+    tx = mtl.scale_by_weights(2.0)
+    with pytest.raises(ValueError, match=r"weights=2\.0 .* expected one for each of the 2 tasks"):
+        tx.update(grads, tx.init(None), losses=losses)
     tx = mtl.scale_by_weights(
         lambda count: {"a": 1.0, "b": optax.linear_schedule(0.0, 1.0, 2)(count)}
     )

@@ -182,6 +182,17 @@ def test_forum_takes_the_steepest_descent_that_lowers_the_training_loss():
     assert 0 < constrained < STEPS
 
 
+def test_forum_shares_out_one_whole_among_those_present():
+    training, tx, w = losses_fn(MINIMA), mtl.forum(K), jnp.array(START, jnp.float32)
+    given = {"losses_fn": training, "validation_fn": losses_fn(HELD_OUT)}
+    _, jac = mtl.value_and_jac(training)(w)
+    update = jax.jit(lambda state, present: tx.update(jac, state, w, present=present, **given)[1])
+    state = tx.init(w)
+    for present in ([True, True, True], [True, False, True], [False, True, True], [True] * 3):
+        state = update(state, jnp.array(present))
+        np.testing.assert_allclose(sum(np.where(present, state.shares, 0)), 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("between", "mu", "bounds"), [("losses", 0.1, (0.2, 0.8)), ("weighted", 0.05, (0.0, 1.0))]
 )

@@ -330,6 +330,39 @@ def test_skip_nonfinite_leaves_a_nan_task_to_what_drops_it_inside():
     chex.assert_trees_all_equal(after.inner_state, state.inner_state)
 
 
+def test_skip_nonfinite_stands_still_where_all_who_are_present_are_dropped():
+    tx = skip_nonfinite(optax.chain(drop_nonfinite_tasks(3), mtl.sum_tasks(), optax.adam(0.1)))
+    _, state = tx.update(MATRIX, tx.init(MATRIX[0]), losses=LOSSES)
+    losses, present = jnp.array([jnp.nan, jnp.nan, 1.0]), [True, True, False]
+    update, after = tx.update(MATRIX, state, losses=losses, present=present)
+    np.testing.assert_array_equal(update, 0)
+    assert after.skipped == 1
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        skip_nonfinite(mtl.sum_tasks()),
+        multi_steps(mtl.sum_tasks(), every_k=2, num_tasks=3),
+        mtl.partition({"": mtl.sum_tasks()}, ""),
+        mtl.every(2, mtl.sum_tasks(), num_tasks=3),
+    ],
+    ids=["skip_nonfinite", "multi_steps", "partition", "every"],
+)
+def test_a_wrapper_names_a_state_that_is_not_its_own(tx):
+    for state in (mtl.mgda(3).init(None), (optax.EmptyState(), optax.EmptyState())):
+        with pytest.raises(ValueError, match=f"{type(state).__name__}.*another strategy"):
+            tx.update(MATRIX, state, MATRIX[0], losses=LOSSES)
+
+
+def test_multi_steps_names_a_state_of_other_tasks():
+    tx = multi_steps(mtl.sum_tasks(), every_k=2, num_tasks=3)
+    state = multi_steps(mtl.sum_tasks(), every_k=2, num_tasks=2).init(MATRIX[0])
+    with pytest.raises(ValueError, match=r"of 2 tasks.*num_tasks=3.*resize_state"):
+        tx.update(MATRIX, state, MATRIX[0], losses=LOSSES)
+
+
 @pytest.mark.parametrize("wrap", [skip_nonfinite, match_norm, lambda tx: multi_steps(tx, 1, 3)])
 def test_a_wrapped_balancer_is_told_that_it_needs_an_aggregator(wrap):
     tx = wrap(mtl.scale_by_dwa(3))

@@ -1,5 +1,7 @@
 """Links in a chain: what comes in, what goes on, and what wrong chains are told."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,12 +260,37 @@ def test_options_are_checked_inside_jit_as_outside():
     [
         lambda: mtl.dwa(2, window=1.5),
         lambda: mtl.every(jnp.float32(2.5), mtl.mgda(2)),
-        lambda: mtl.forum(2, inner_steps=2.5),
+        lambda: mtl.softadapt(2, window=0),
     ],
 )
 def test_what_counts_is_whole(make):
     with pytest.raises(ValueError, match="whole number"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("factory", "option"),
+    [
+        (mtl.dwa, "num_tasks"),
+        (mtl.trimmed_mean, "trim"),
+        (mtl.krum, "num_selected"),
+        (mtl.krum, "num_byzantine"),
+        (mtl.go4align, "num_groups"),
+        (mtl.ldc_mtl, "num_features"),
+        (mtl.sdmgrad, "num_steps"),
+        (mtl.forum, "inner_steps"),
+        (functools.partial(mtl.multi_steps, mtl.sum_tasks()), "every_k"),
+        (lambda num_tasks, **k: mtl.ntk_traces(lambda w: w, **k), "num_probes"),
+        (lambda num_tasks, **k: mtl.fronts.simplex_grid(num_tasks, **k), "divisions"),
+    ],
+)
+def test_what_shapes_the_program_is_an_integer(factory, option):
+    for wrong in (2.0, True, "2", jnp.float32(2.0)):
+        with pytest.raises(TypeError, match=rf"{option}=.*a Python int.*static_args"):
+            factory(**{"num_tasks": 5, option: wrong})
+    with pytest.raises(ValueError, match=f"{option}=-1, expected at least"):
+        factory(**{"num_tasks": 5, option: -1})
+    factory(**{"num_tasks": 5, option: np.int64(2)})
 
 
 @pytest.mark.parametrize("name", ["upgrad", "dualproj", "conflict_free", "aligned_mtl", "stch"])

@@ -202,7 +202,9 @@ def test_cr_mogm_smooths_the_weights_of_any_aggregator():
         found = np.asarray(mgda(matrix, jnp.ones(3))[1].weights)
         smoothed = found if smoothed is None else 0.7 * smoothed + 0.3 * found
         assert relative_error(update, smoothed @ np.asarray(matrix)) < 1e-5
-    np.testing.assert_allclose(state.smoothed, smoothed, atol=1e-6)
+    np.testing.assert_allclose(state.weights, smoothed, atol=1e-6)
+    shown = mtl.summarize(state, ["a", "b", "c"])
+    np.testing.assert_allclose([shown[f"weights/{k}"] for k in "abc"], smoothed, atol=1e-6)
 
     pcgrad = mtl.pcgrad(3, key=KEY)
     update, _, _ = run(cr_mogm(3, aggregator=pcgrad), MATRIX)
@@ -457,8 +459,10 @@ def test_ntk_traces_are_squared_norms_of_the_residual_jacobian():
     chex.assert_trees_all_close(got, expected, rtol=1e-5)
     estimate = jax.jit(ntk_traces(residuals, num_probes=2000))(params, x, key=KEY)
     chex.assert_trees_all_close(estimate, expected, rtol=0.1)
-    with pytest.raises(ValueError, match="key="):
+    with pytest.raises(TypeError, match=r"key=None.*pass key="):
         ntk_traces(residuals, num_probes=1)(params, x)
+    with pytest.raises(ValueError, match="num_probes=0"):
+        ntk_traces(residuals, num_probes=0)
 
     tx = scale_by_ntk(2)
     state = tx.update(MATRIX[:2], tx.init(None), losses=LOSSES[:2], ntk_traces=[1.0, 4.0])[1]

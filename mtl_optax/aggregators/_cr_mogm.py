@@ -14,7 +14,7 @@ from mtl_optax.states import PerTask
 class CrMogmState(NamedTuple):
     """State of `cr_mogm`."""
 
-    smoothed: PerTask  # (K,) float32, weights of the last update
+    weights: PerTask  # (K,) float32, smoothed, of the last update
     count: PerTask  # (K,) int32, updates of each task with finite weights so far
     inner_state: Any  # of the aggregator, with the weights that it found
 
@@ -54,7 +54,7 @@ def cr_mogm(
       >>> state = tx.init(jnp.zeros(2))
       >>> for J in ([[1.0, 0.0], [0.0, 1.0]], [[0.5, 0.0], [1.0, 1.0]]):
       ...     update, state = tx.update(jnp.array(J), state, losses=jnp.ones(2))
-      >>> [round(w, 4) for w in state.smoothed.tolist()]
+      >>> [round(w, 4) for w in state.weights.tolist()]
       [0.75, 0.25]
 
     References:
@@ -75,8 +75,8 @@ def cr_mogm(
         found = _weights(inner_state, num_tasks)
         usable = jnp.all(jnp.isfinite(found) | ~jacobian.present)
         past = jnp.where(state.count > 0, decay, 0)
-        smoothed = past * state.smoothed + (1 - past) * found
-        smoothed = jnp.where(usable, smoothed, state.smoothed).astype(jnp.float32)
+        smoothed = past * state.weights + (1 - past) * found
+        smoothed = jnp.where(usable, smoothed, state.weights).astype(jnp.float32)
         count = state.count + usable.astype(jnp.int32)
         return jacobian.combine(smoothed), CrMogmState(smoothed, count, inner_state)
 

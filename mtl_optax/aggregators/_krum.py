@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._min_norm import relative_gramian
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import check_count, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -60,15 +60,13 @@ def krum(
       2017, section 4.
     """
     check_num_tasks(num_tasks)
-    most = max(num_tasks - 3, 0)
+    check_count("num_byzantine", num_byzantine, least=0)
     check_option(
-        "num_byzantine", num_byzantine, lambda f: (f >= 0) & (f <= most) & (f % 1 == 0),
-        f"at least 0 and at most num_tasks - 3 = {num_tasks - 3}: each row needs a neighbour",
+        "num_byzantine", num_byzantine, lambda f: f <= max(num_tasks - 3, 0),
+        f"at most num_tasks - 3 = {num_tasks - 3}: each row needs a neighbour",
     )  # fmt: skip
-    check_option(
-        "num_selected", num_selected, lambda m: (m >= 1) & (m <= num_tasks) & (m % 1 == 0),
-        f"a number of rows in [1, {num_tasks}]",
-    )  # fmt: skip
+    check_count("num_selected", num_selected)
+    check_option("num_selected", num_selected, lambda m: m <= num_tasks, f"at most {num_tasks}")
 
     def init_fn(params):
         del params

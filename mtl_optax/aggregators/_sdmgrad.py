@@ -12,7 +12,7 @@ from mtl_optax.aggregators._modo import batches
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
 from mtl_optax.links import (
     BELOW_ONE,
-    COUNT,
+    check_count,
     check_num_tasks,
     check_option,
     link,
@@ -90,7 +90,7 @@ def sdmgrad(
     check_option("pull", pull, lambda x: x >= 0, "at least 0")
     check_option("learning_rate", learning_rate, lambda x: x > 0, "more than 0")
     check_option("momentum", momentum, *BELOW_ONE)
-    check_option("num_steps", num_steps, *COUNT)
+    check_count("num_steps", num_steps)
     check_option("preference", preference, lambda x: x >= 0, "at least 0")
 
     def init_fn(params):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax.links import check_count, check_num_tasks, check_option, link
 
 
 def trimmed_mean(
@@ -46,11 +46,9 @@ def trimmed_mean(
     """
     check_num_tasks(num_tasks)
     b = min(1, (num_tasks - 1) // 2) if trim is None else trim
-    if not 0 <= 2 * b < num_tasks:
-        raise ValueError(
-            f"trim={trim}, expected at least 0 and less than half of num_tasks={num_tasks}: some "
-            "row must be left"
-        )
+    check_count("trim", b, least=0)
+    less = f"less than half of num_tasks={num_tasks}: some row must be left"
+    check_option("trim", b, lambda b: 2 * b < num_tasks, less)
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args

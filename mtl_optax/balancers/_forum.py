@@ -11,7 +11,7 @@ from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import EXACT, divide, dot
 from mtl_optax.balancers._usable import softmax_over, step_each
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
-from mtl_optax.links import COUNT, check_num_tasks, check_option, conform, link
+from mtl_optax.links import COUNT, check_count, check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
 
@@ -92,8 +92,8 @@ def forum(
     check_num_tasks(num_tasks)
     for name, value in (("learning_rate", learning_rate), ("rho", rho)):
         check_option(name, value, lambda x: x > 0, "more than 0")
-    for name, value in (("inner_steps", inner_steps), ("window", window)):
-        check_option(name, value, *COUNT)
+    check_count("inner_steps", inner_steps)
+    check_option("window", window, *COUNT)
     optimizer = optimizer or optax.adam(1e-3)
 
     def init_fn(params):
@@ -155,6 +155,7 @@ def forum(
         newest = (1.0 + state.count // window) ** -0.75
         shares = jnp.where(solved, chosen, even).astype(jnp.float32)
         shares = jnp.where(present, state.shares + newest * (shares - state.shares), 0)
+        shares = divide(shares, jnp.sum(shares))  # of those present; of all they are 1 already
 
         nu = jnp.maximum(dot(shares, rho - along_per_square), 0)
         leaves = [

@@ -10,7 +10,7 @@ from mtl_optax._numerics import divide
 from mtl_optax.aggregators._simplex_steps import exchange
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import positive_log
-from mtl_optax.links import COUNT, check_num_tasks, check_option, link
+from mtl_optax.links import check_count, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -70,7 +70,7 @@ def scale_by_go4align(
       <https://arxiv.org/abs/2404.06486>`_, NeurIPS 2024, and the authors' code.
     """
     check_num_tasks(num_tasks)
-    check_option("num_groups", num_groups, *COUNT)
+    check_count("num_groups", num_groups)
     check_option("step_size", step_size, lambda x: x >= 0, "at least 0")
 
     def init_fn(params):

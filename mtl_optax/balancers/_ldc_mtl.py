@@ -10,7 +10,7 @@ import optax
 from mtl_optax._numerics import dot
 from mtl_optax.balancers._base import summed
 from mtl_optax.balancers._usable import softmax_over, step_each
-from mtl_optax.links import check_choice, check_num_tasks, check_option, link
+from mtl_optax.links import check_choice, check_count, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -83,8 +83,7 @@ def scale_by_ldc_mtl(
     check_num_tasks(num_tasks)
     check_option("discrepancy", discrepancy, lambda mu: mu >= 0, "at least 0")
     check_choice("between", between, ("losses", "weighted"))
-    is_whole = lambda n: (n >= 0) & (n % 1 == 0)  # noqa: E731
-    check_option("num_features", num_features, is_whole, "a whole number of at least 0")
+    check_count("num_features", num_features, least=0)
     in_order = lambda b: b.shape == (2,) and 0 <= b[0] <= b[1] <= 1  # noqa: E731
     check_option("bounds", np.asarray(bounds), in_order, "two numbers in ascending order, 0 to 1")
     optimizer = optimizer or optax.adam(1e-3)

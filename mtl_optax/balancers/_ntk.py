@@ -10,7 +10,7 @@ import optax
 from mtl_optax._branch import where_needed
 from mtl_optax._numerics import divide, wide
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, link, per_task
+from mtl_optax.links import check_count, check_key, check_num_tasks, link, per_task
 from mtl_optax.states import PerTask
 
 
@@ -110,6 +110,10 @@ def ntk_traces(
       A function of the arguments of `residual_fn` to the traces, a tree like the losses; with
       probes it takes a typed random key as `key=` too.
 
+    Raises:
+      TypeError: if `num_probes` is not a Python int; by the function, if `key` is not a typed one.
+      ValueError: if `num_probes` < 1.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import mtl_optax as mtl
@@ -117,14 +121,16 @@ def ntk_traces(
       >>> {k: float(t) for k, t in traces(jnp.float32(1.0), jnp.array([1.0, 2.0])).items()}
       {'a': 5.0, 'b': 20.0}
     """
+    if num_probes is not None:
+        check_count("num_probes", num_probes)
 
     def traces_fn(params, *args, key: jax.Array | None = None, **kwargs):
         residuals, pull = jax.vjp(lambda p: residual_fn(p, *args, **kwargs), params)
         leaves, treedef = jax.tree.flatten(residuals)
-        if num_probes is not None and key is None:
-            raise ValueError("ntk_traces with num_probes draws at random: pass key=")
-        key = jax.random.key(0) if key is None else key  # without probes nothing is drawn
-        keys = jax.random.split(key, len(leaves))
+        if num_probes is not None:
+            check_key(key)
+        # Without probes nothing is drawn.
+        keys = jax.random.split(jax.random.key(0) if key is None else key, len(leaves))
         traces = []
         for i, (leaf, leaf_key) in enumerate(zip(leaves, keys, strict=True)):
 

@@ -9,7 +9,6 @@ import optax
 
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.jacobian import flatten_losses
 from mtl_optax.links import link, per_task
 from mtl_optax.states import PerTask
 
@@ -54,11 +53,18 @@ def scale_by_weights(
     def init_fn(params):
         del params
         count = jnp.zeros([], jnp.int32)
-        return WeightsState(flatten_losses(at(count)).astype(jnp.float32), count)
+        leaves = [jnp.ravel(jnp.asarray(w, jnp.float32)) for w in jax.tree.leaves(at(count))]
+        return WeightsState(jnp.concatenate(leaves), count)
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        w = per_task("weights", at(state.count), jacobian)
+        given = at(state.count)
+        w = per_task("weights", given, jacobian)
+        if w.shape != state.weights.shape:  # one number, or another schedule
+            raise ValueError(
+                f"weights={given!r} with a state of {state.weights.size} of them, expected one "
+                f"for each of the {jacobian.num_tasks} tasks {jacobian.names}"
+            )
         count = jnp.asarray(optax.safe_increment(state.count))
         return jacobian.scale(w), WeightsState(w.astype(jnp.float32), count)
 

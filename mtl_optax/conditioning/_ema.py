@@ -37,7 +37,7 @@ def ema_tasks(
               g_k \to m_k / (1 - \textstyle\prod_{s \le t} \beta_s)
 
     As `optax.ema` does to one gradient, so that followed by `sum_tasks()` it is `sum_tasks()`
-    followed by `optax.ema`. The losses stay those of the moment. An entry that is not finite leaves
+    followed by `optax.ema`. The losses stay those of the moment. A row that is not finite leaves
     its average as it was, and so does an absent task, whose row is then 0. The state holds K rows,
     heads included: K times the parameters.
 

@@ -9,8 +9,8 @@ import optax
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import unflatten_losses
 from mtl_optax.jacobian._rows import keep_rows, scale_rows
-from mtl_optax.links import check_num_tasks, receive, task_zeros
-from mtl_optax.states import PerTask
+from mtl_optax.links import check_count, check_num_tasks, receive, task_zeros
+from mtl_optax.states import PerTask, check_state
 
 
 class MultiStepsState(NamedTuple):
@@ -76,8 +76,7 @@ def multi_steps(
       12.0
     """
     check_num_tasks(num_tasks)
-    if isinstance(every_k, bool) or not isinstance(every_k, int) or every_k < 1:
-        raise ValueError(f"every_k={every_k!r}, expected a Python int of at least 1")
+    check_count("every_k", every_k)
     tx = optax.with_extra_args_support(tx)
 
     def init_fn(params):
@@ -89,6 +88,7 @@ def multi_steps(
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
     ):
+        check_state(state, set(), MultiStepsState, num_tasks)
         jacobian = receive(updates, losses, num_tasks, shared, present)
         here = jacobian.present
         count = state.mini_step + jnp.any(here)

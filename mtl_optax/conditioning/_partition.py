@@ -9,6 +9,7 @@ import optax
 
 from mtl_optax.conditioning._base import run
 from mtl_optax.links import conform, receive
+from mtl_optax.states import check_state
 
 
 class PartitionState(NamedTuple):
@@ -87,6 +88,7 @@ def partition(
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
     ):
+        check_state(state, set(), PartitionState, None)
         jacobian = receive(updates, losses, None, shared, present)
         by_label = groups(jacobian.shared if params is None else params)
         treedef = jax.tree.structure(jacobian.shared)

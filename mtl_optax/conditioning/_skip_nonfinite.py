@@ -10,7 +10,7 @@ from mtl_optax.conditioning._base import run
 from mtl_optax.conditioning._drop_nonfinite import DropNonfiniteTasksState
 from mtl_optax.jacobian._rows import on_all_shards
 from mtl_optax.links import receive
-from mtl_optax.states import link_states
+from mtl_optax.states import check_state, link_states
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -63,13 +63,14 @@ def skip_nonfinite(
     def update_fn(
         updates, state, params=None, *, losses=None, shared=None, present=None, **extra_args
     ):
+        check_state(state, set(), SkipNonfiniteState, None)
         jacobian = receive(updates, losses, None, shared, present)
         update, inner_state = run(tx, jacobian, state.inner_state, params, extra_args)
         pairs = zip(jax.tree.leaves(inner_state), jax.tree.leaves(state.inner_state), strict=True)
         # Some states are NaN until they have seen something.
         good = [~(_nonfinite(new) & ~_nonfinite(old)) for new, old in pairs]
         good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
-        dropped = jnp.zeros(jacobian.num_tasks, bool)
+        dropped = ~jacobian.present
         counts = zip(_dropped(inner_state), _dropped(state.inner_state), strict=True)
         for now, before in counts:
             dropped |= now > before

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtl_optax.links import check_num_tasks
+from mtl_optax.links import check_count, check_num_tasks
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,7 +29,8 @@ def simplex_grid(num_tasks: int, divisions: int) -> Float[np.ndarray, "N K"]:
       ``(N, K)``, float32, in ascending order.
 
     Raises:
-      ValueError: if `num_tasks` or `divisions` < 1.
+      TypeError: if `num_tasks` or `divisions` is no Python int.
+      ValueError: if either < 1.
 
     Examples:
       >>> import mtl_optax as mtl
@@ -41,8 +42,7 @@ def simplex_grid(num_tasks: int, divisions: int) -> Float[np.ndarray, "N K"]:
       <https://doi.org/10.1137/S1052623496307510>`_, 1998.
     """
     check_num_tasks(num_tasks)
-    if divisions < 1:
-        raise ValueError(f"divisions={divisions}, expected at least 1")
+    check_count("divisions", divisions)
     # Where K - 1 bars stand among the divisions.
     places = divisions + num_tasks - 1
     bars = list(itertools.combinations(range(places), num_tasks - 1))
