@@ -27,7 +27,7 @@ from mtl_optax import (
     scale_by_stch,
     stch,
 )
-from mtl_optax.balancers._usable import positive_log
+from mtl_optax._usable import positive_log
 from tests.problems import a_fifth
 
 KEY = jax.random.key(0)

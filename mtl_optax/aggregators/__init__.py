@@ -20,13 +20,14 @@ from mtl_optax.aggregators._dualproj import dualproj
 from mtl_optax.aggregators._epo import epo
 from mtl_optax.aggregators._excess_mtl import excess_mtl
 from mtl_optax.aggregators._fairgrad import fairgrad
+from mtl_optax.aggregators._forum import forum
 from mtl_optax.aggregators._gradcraft import gradcraft
 from mtl_optax.aggregators._graddrop import graddrop
 from mtl_optax.aggregators._gradvac import gradvac
+from mtl_optax.aggregators._imtl import imtl
 from mtl_optax.aggregators._imtl_g import imtl_g
 from mtl_optax.aggregators._krum import krum
 from mtl_optax.aggregators._m_config import m_config
-from mtl_optax.aggregators._match_norm import match_norm
 from mtl_optax.aggregators._metabalance import metabalance
 from mtl_optax.aggregators._mgda import mgda
 from mtl_optax.aggregators._moco import moco
@@ -52,13 +53,14 @@ __all__ = [
     "epo",
     "excess_mtl",
     "fairgrad",
+    "forum",
     "gradcraft",
     "graddrop",
     "gradvac",
+    "imtl",
     "imtl_g",
     "krum",
     "m_config",
-    "match_norm",
     "mean",
     "mean_tasks",
     "metabalance",

@@ -15,6 +15,7 @@ from mtl_optax.links import (
     check_option,
     link,
     per_task,
+    running_mean,
     task_position,
 )
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
@@ -96,16 +97,12 @@ def pcd(
         first = task_position("primary", primary, jacobian.names)
         first = jnp.where(jacobian.present[first], first, jnp.argmax(jacobian.present))
         cosines, norms = jacobian.correlation()
-        finite = jnp.isfinite(norms)
-        mean, mass = state.mean_norms, state.masses
-        # Roots of averages of squares, by their ratio to the newest norm: squares may overflow.
-        largest = jnp.maximum(jnp.where(finite, norms, 0), mean)
+        # Averages of squares, in units of the largest norm: squares may overflow.
+        largest = jnp.maximum(jnp.where(jnp.isfinite(norms), norms, 0), state.mean_norms)
         unit = jnp.where(largest > 0, largest, 1)
-        square = decay * (mean / unit) ** 2 + (1 - decay) * (norms / unit) ** 2
-        mean = jnp.where(finite, unit * jnp.sqrt(square), mean)
-        mass = jnp.where(finite, decay * mass + (1 - decay), mass)
-        debiased = divide(mean, jnp.sqrt(mass))
-        length = divide(norms, debiased, norms)
+        new, old = (norms / unit) ** 2, (state.mean_norms / unit) ** 2
+        average, old, mass = running_mean(new, old, state.masses, decay, jacobian.present)
+        length, mean = divide(norms, unit * jnp.sqrt(average), norms), unit * jnp.sqrt(old)
 
         others = jnp.arange(num_tasks) != first
         share = per_task("tau", tau, jacobian) * length

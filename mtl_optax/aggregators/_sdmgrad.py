@@ -15,6 +15,7 @@ from mtl_optax.links import (
     check_count,
     check_num_tasks,
     check_option,
+    check_preference,
     link,
     preference_vector,
     presence,
@@ -91,7 +92,7 @@ def sdmgrad(
     check_option("learning_rate", learning_rate, lambda x: x > 0, "more than 0")
     check_option("momentum", momentum, *BELOW_ONE)
     check_count("num_steps", num_steps)
-    check_option("preference", preference, lambda x: x >= 0, "at least 0")
+    check_preference(preference)
 
     def init_fn(params):
         del params

@@ -9,7 +9,6 @@ from mtl_optax.balancers._dtp import dtp, scale_by_dtp
 from mtl_optax.balancers._dwa import dwa, scale_by_dwa
 from mtl_optax.balancers._encodec import encodec, scale_by_encodec
 from mtl_optax.balancers._famo import famo, scale_by_famo
-from mtl_optax.balancers._forum import forum
 from mtl_optax.balancers._gls import gls, scale_by_gls
 from mtl_optax.balancers._go4align import go4align, scale_by_go4align
 from mtl_optax.balancers._grad_norm_weights import (
@@ -17,7 +16,7 @@ from mtl_optax.balancers._grad_norm_weights import (
     scale_by_grad_norm_weights,
 )
 from mtl_optax.balancers._gradnorm import gradnorm, scale_by_gradnorm
-from mtl_optax.balancers._imtl_l import imtl, imtl_l, scale_by_imtl_l
+from mtl_optax.balancers._imtl_l import imtl_l, scale_by_imtl_l
 from mtl_optax.balancers._ldc_mtl import ldc_mtl, scale_by_ldc_mtl
 from mtl_optax.balancers._lr_annealing import lr_annealing, scale_by_lr_annealing
 from mtl_optax.balancers._moml import moml, scale_by_moml
@@ -42,12 +41,10 @@ __all__ = [
     "dwa",
     "encodec",
     "famo",
-    "forum",
     "gls",
     "go4align",
     "grad_norm_weights",
     "gradnorm",
-    "imtl",
     "imtl_l",
     "ldc_mtl",
     "lr_annealing",

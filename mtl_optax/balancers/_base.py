@@ -8,7 +8,7 @@ from typing import ParamSpec
 
 import optax
 
-from mtl_optax.aggregators import sum_tasks
+from mtl_optax.aggregators._sum import sum_tasks
 
 P = ParamSpec("P")
 

@@ -8,8 +8,8 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
+from mtl_optax._usable import unit_vector
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import unit_vector
 from mtl_optax.links import check_num_tasks, check_option, check_preference, link, preference_vector
 from mtl_optax.states import PerTask
 

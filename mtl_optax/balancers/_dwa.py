@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._usable import softmax_when
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import softmax_when
 from mtl_optax.links import COUNT, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 

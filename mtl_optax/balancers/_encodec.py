@@ -11,7 +11,15 @@ from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.jacobian._rows import sum_over_shards
-from mtl_optax.links import BELOW_ONE, check_flag, check_num_tasks, check_option, link, per_task
+from mtl_optax.links import (
+    BELOW_ONE,
+    check_flag,
+    check_num_tasks,
+    check_option,
+    link,
+    per_task,
+    running_mean,
+)
 from mtl_optax.states import PerTask
 
 
@@ -19,8 +27,8 @@ class EncodecState(NamedTuple):
     """State of `scale_by_encodec`."""
 
     weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
-    norms: PerTask  # (K,) float32, sums of past norms, each decayed since
-    masses: PerTask  # (K,) float32, sums of the decays: norms / masses is the average
+    norms: PerTask  # (K,) float32, running means of the norms, not debiased
+    masses: PerTask  # (K,) float32, what they are divided by for that
 
 
 def scale_by_encodec(
@@ -89,13 +97,12 @@ def scale_by_encodec(
         del extra_args
         by_example = per_example and not jacobian.at_parameters
         new = _mean_norm(jacobian) if by_example else jacobian.norms().astype(jnp.float32)
-        finite = jnp.isfinite(new)
-        norms = jnp.where(finite, decay * state.norms + new, state.norms)
-        masses = jnp.where(finite, decay * state.masses + 1, state.masses)
-        average = jnp.where(jacobian.present, norms / jnp.maximum(masses, 1), 0)
+        present = jacobian.present
+        average, norms, masses = running_mean(new, state.norms, state.masses, decay, present)
+        average = jnp.where(present, average, 0)
 
         share = per_task("shares", shares, jacobian).astype(jnp.float32)
-        share = jnp.where(jacobian.present, share, 0)
+        share = jnp.where(present, share, 0)
         share = divide(share, jnp.sum(share), share)
         total = jnp.sum(average) if total_norm is None else total_norm
         weights = jnp.where(average > 0, share * divide(total, average), 1)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._typing import TaskOption
+from mtl_optax._usable import positive_log, softmax_over, step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import positive_log, softmax_over, step_each
 from mtl_optax.jacobian import flatten_losses
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask

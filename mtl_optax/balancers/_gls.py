@@ -5,8 +5,8 @@ from typing import Annotated, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._usable import bounded_exp, positive_log
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import bounded_exp, positive_log
 from mtl_optax.links import check_num_tasks, link
 from mtl_optax.states import PerTask
 

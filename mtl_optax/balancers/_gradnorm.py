@@ -8,8 +8,8 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
+from mtl_optax._usable import step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import step_each
 from mtl_optax.links import check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 

@@ -9,8 +9,8 @@ import optax
 from mtl_optax._lookahead import jacobian_of, trial_step
 from mtl_optax._min_norm import min_norm_weights
 from mtl_optax._numerics import dot
+from mtl_optax._usable import softmax_over, step_each, unit_vector
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import softmax_over, step_each, unit_vector
 from mtl_optax.links import check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 

@@ -2,7 +2,7 @@
 
 import optax
 
-from mtl_optax.aggregators import sum_tasks
+from mtl_optax.aggregators._sum import sum_tasks
 from mtl_optax.conditioning import log_losses
 from mtl_optax.links import check_num_tasks
 

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 
 from mtl_optax._typing import TaskOption
-from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import (
+from mtl_optax._usable import (
     bounded_exp,
     positive_log,
     softmax_over,
     softmax_when,
 )
+from mtl_optax.balancers._base import summed
 from mtl_optax.links import (
     COUNT,
     check_choice,

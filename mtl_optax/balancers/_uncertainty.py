@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._usable import step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.balancers._usable import step_each
 from mtl_optax.links import check_choice, check_num_tasks, check_option, link, per_task_leaves
 from mtl_optax.states import PerTask
 

@@ -6,6 +6,7 @@ from mtl_optax.conditioning._drop_nonfinite import drop_nonfinite_tasks
 from mtl_optax.conditioning._ema import ema_tasks
 from mtl_optax.conditioning._every import every
 from mtl_optax.conditioning._log import log_losses
+from mtl_optax.conditioning._match_norm import match_norm
 from mtl_optax.conditioning._monitor import monitor_tasks
 from mtl_optax.conditioning._multi_steps import multi_steps
 from mtl_optax.conditioning._normalize import normalize_tasks
@@ -18,6 +19,7 @@ __all__ = [
     "ema_tasks",
     "every",
     "log_losses",
+    "match_norm",
     "monitor_tasks",
     "multi_steps",
     "normalize_tasks",

@@ -12,8 +12,7 @@ class Memo:
     What is computed in an inner trace is not kept: it must not be used, nor live on, outside.
 
     Attributes:
-      updates: for one that is watched, a triple for each combined update, see
-        `Jacobian.is_combined`.
+      updates: for one that is watched, `(made, update)` of all combined updates.
     """
 
     def __init__(self, outer: "Memo | None" = None, updates: list[Any] | None = None):

@@ -33,6 +33,13 @@ _SHARP = 0.2
 _REACH = 1.9
 
 
+class _Problem(NamedTuple):
+    C: jax.Array  # (K, K)
+    q: jax.Array  # (B, K), its largest entries between 1 and 2
+    steepest: jax.Array  # (B,), those entries
+    reach: jax.Array  # (), the length of a fixed step
+
+
 class _Programs(NamedTuple):
     x: jax.Array  # (B, K), of any sign while pivoting
     slope: jax.Array  # (B, K), C x + q: follows x by a recurrence
@@ -47,6 +54,22 @@ class _Programs(NamedTuple):
     steps: jax.Array  # () int32
 
 
+class _Step(NamedTuple):
+    image: jax.Array  # (B, K), C times the direction
+    curvature: jax.Array  # (B,), along the direction
+    moving: jax.Array  # (B,) bool
+    hit: jax.Array  # (B,) bool: a bound stood in the way
+    lost: jax.Array  # (B,) bool: nothing stands in the way of a direction without curvature
+
+
+class _Residual(NamedTuple):
+    inner: jax.Array  # (B, K), slopes of the free variables, which should be 0
+    outer: jax.Array  # (B, K), slopes of the others where they are negative
+    size: jax.Array  # (B,), what a slope is a sum of
+    unsolved: jax.Array  # (B,), the largest of the inner ones, relative to that
+    violation: jax.Array  # (B,), of a variable on the wrong side
+
+
 def solve_together(C: jax.Array, q: jax.Array) -> _base.SolverResult:
     """Minimises xᵀCx / 2 + qᵀx over x >= 0 for each row q of `(B, K)`.
 
@@ -59,77 +82,19 @@ def solve_together(C: jax.Array, q: jax.Array) -> _base.SolverResult:
     """
     unit = power_of_two(jnp.max(jnp.abs(q), axis=1))
     q = q / unit[:, None]
-    steepest = jnp.max(jnp.abs(q), axis=1)
     num_programs, K = q.shape
-    eps = jnp.finfo(q.dtype).eps
-    max_steps = 50 * K + 200
-    # The bar rises, lest all wait for a residual that rounding holds above it: fast where the
-    # residual hovers just above it, as between the many solutions of a singular program.
-    hovering, falling = 2 ** (1 / (K / 4 + 16)), 2 ** (1 / (8 * K + 64))
-    reach = divide(_REACH, _largest_eigenvalue(C))
+    steepest = jnp.max(jnp.abs(q), axis=1)
+    problem = _Problem(C, q, steepest, divide(_REACH, _largest_eigenvalue(C)))
 
     def unsolved(state):
-        return ~jnp.all(state.done) & (state.steps < max_steps)
+        return ~jnp.all(state.done) & (state.steps < 50 * K + 200)
 
     def body(state):
-        x, slope, direction, free, stale, pivoting, fewest, patience, bar, done, steps = state
-        image = dot(jnp.where(stale[:, None], x, direction), C)
-        moving = ~stale & ~done
-
-        # Along the direction. Where its curvature is rounding there may be no minimum: pivoting
-        # exchanges what it has, projecting goes to the bound, if there is one.
-        square, curvature = _inner(direction, direction), _inner(direction, image)
-        flat = moving & (curvature <= eps * square)
-        curvature = jnp.maximum(curvature, eps * square)
-        lost = flat & (pivoting | ~jnp.any(direction > 0, axis=1))
-        length = jnp.where(moving & ~lost, divide(_inner(slope, direction), curvature), 0)
-        moved = x - length[:, None] * direction
-        hit = moving & ~pivoting & jnp.any(moved < 0, axis=1)
-
-        # At a bound: as far as it allows, and from there a fixed step that may hold more variables.
-        room = jnp.where((moved < 0) & (direction > 0), divide(x, direction), jnp.inf)
-        room = jnp.where(hit, jnp.min(room, axis=1), 0)[:, None]
-        descent = jnp.where(free, slope - room * image, 0)
-        held = jnp.maximum(x - room * direction - reach * descent, 0)
-        slope = jnp.where(stale[:, None], image + q, slope - length[:, None] * image)
-        x = jnp.where(hit[:, None], held, moved)
-        free = jnp.where(pivoting[:, None], free, x > 0)
-
-        inner = jnp.where(free, slope, 0)
-        outer = jnp.where(free, 0, jnp.minimum(slope, 0))
-        size = steepest + jnp.sum(jnp.abs(x), axis=1)
-        unsolved_part = divide(jnp.max(jnp.abs(inner), axis=1), size)
-        violation = divide(jnp.max(jnp.where(free, -x, -outer), axis=1), size)
-
-        # Exchange what is wrong, or give up and go on from what is feasible.
-        settled = lost | (unsolved_part <= _SHARP * violation)
-        exchange = pivoting & ~done & (violation > bar) & settled
-        wrong = jnp.where(free, x < 0, -outer > (bar * size)[:, None]) & exchange[:, None]
-        count = jnp.sum(wrong, axis=1, dtype=jnp.int32)
-        better = count < fewest
-        patience = jnp.where(exchange, jnp.where(better, _PATIENCE, patience - 1), patience)
-        fewest = jnp.where(exchange, jnp.minimum(count, fewest), fewest)
-        quits = exchange & (patience <= 0)
-        free = jnp.where(quits[:, None], x > 0, free ^ wrong)
-        x = jnp.where(exchange[:, None], jnp.where(free, jnp.maximum(x, 0), 0), x)
-        pivoting = pivoting & ~quits
-
-        # A recurrence may claim what the slope itself does not confirm: then ask for less.
-        residual = jnp.maximum(unsolved_part, violation)
-        small = residual <= bar
-        done = done | (stale & small) | jnp.isnan(unsolved_part)
-        claim = moving & ~hit & ~exchange & (small | lost)
-        rise = jnp.where(residual <= 8 * bar, hovering, falling)
-        bar = jnp.where(claim, 2 * bar, bar) * rise
-        stale = (hit | claim | exchange) & ~done
-
-        conjugate = inner - divide(_inner(inner, image), curvature)[:, None] * direction
-        inward = pivoting | (_inner(outer, outer) <= _inner(inner, inner))
-        direction = jnp.where(inward[:, None], conjugate, outer)
-        direction = jnp.where((done | stale)[:, None], 0, direction)
-        return _Programs(
-            x, slope, direction, free, stale, pivoting, fewest, patience, bar, done, steps + 1
-        )
+        state, step = _move(problem, state)
+        residual = _residual(problem, state)
+        state, exchanged = _exchange(state, step, residual)
+        state = _confirm(state, step, residual, exchanged)
+        return _turn(state, step, residual)._replace(steps=state.steps + 1)
 
     yes = jnp.ones(num_programs, bool)
     x = jnp.maximum(-q, 0)
@@ -142,7 +107,7 @@ def solve_together(C: jax.Array, q: jax.Array) -> _base.SolverResult:
         pivoting=yes,
         fewest=jnp.full(num_programs, K + 1, jnp.int32),
         patience=jnp.full(num_programs, _PATIENCE, jnp.int32),
-        bar=jnp.full(num_programs, eps / 2, q.dtype),
+        bar=jnp.full(num_programs, jnp.finfo(q.dtype).eps / 2, q.dtype),
         done=~jnp.isfinite(steepest),
         steps=jnp.zeros((), jnp.int32),
     )
@@ -154,6 +119,86 @@ def solve_together(C: jax.Array, q: jax.Array) -> _base.SolverResult:
     residual = jnp.where(jnp.isfinite(size), divide(wrong, size, wrong), jnp.nan)
     steps = jnp.broadcast_to(state.steps, yes.shape)
     return _base.result(x * unit[:, None], residual, steps)
+
+
+def _move(problem: _Problem, s: _Programs) -> tuple[_Programs, _Step]:
+    """Along the direction; a stale program gets its slope instead."""
+    image = dot(jnp.where(s.stale[:, None], s.x, s.direction), problem.C)
+    moving = ~s.stale & ~s.done
+
+    # Where the curvature is rounding there may be no minimum: pivoting exchanges what it has,
+    # projecting goes to the bound, if there is one.
+    eps = jnp.finfo(s.x.dtype).eps
+    square, curvature = _inner(s.direction, s.direction), _inner(s.direction, image)
+    flat = moving & (curvature <= eps * square)
+    curvature = jnp.maximum(curvature, eps * square)
+    lost = flat & (s.pivoting | ~jnp.any(s.direction > 0, axis=1))
+    length = jnp.where(moving & ~lost, divide(_inner(s.slope, s.direction), curvature), 0)
+    moved = s.x - length[:, None] * s.direction
+    hit = moving & ~s.pivoting & jnp.any(moved < 0, axis=1)
+
+    # At a bound: as far as it allows, and from there a fixed step that may hold more variables.
+    room = jnp.where((moved < 0) & (s.direction > 0), divide(s.x, s.direction), jnp.inf)
+    room = jnp.where(hit, jnp.min(room, axis=1), 0)[:, None]
+    descent = jnp.where(s.free, s.slope - room * image, 0)
+    held = jnp.maximum(s.x - room * s.direction - problem.reach * descent, 0)
+    x = jnp.where(hit[:, None], held, moved)
+    slope = s.slope - length[:, None] * image
+    slope = jnp.where(s.stale[:, None], image + problem.q, slope)
+    s = s._replace(x=x, slope=slope, free=jnp.where(s.pivoting[:, None], s.free, x > 0))
+    return s, _Step(image, curvature, moving, hit, lost)
+
+
+def _residual(problem: _Problem, s: _Programs) -> _Residual:
+    inner = jnp.where(s.free, s.slope, 0)
+    outer = jnp.where(s.free, 0, jnp.minimum(s.slope, 0))
+    size = problem.steepest + jnp.sum(jnp.abs(s.x), axis=1)
+    unsolved = divide(jnp.max(jnp.abs(inner), axis=1), size)
+    violation = divide(jnp.max(jnp.where(s.free, -s.x, -outer), axis=1), size)
+    return _Residual(inner, outer, size, unsolved, violation)
+
+
+def _exchange(s: _Programs, step: _Step, residual: _Residual) -> tuple[_Programs, jax.Array]:
+    """Exchanges what is wrong, or gives up pivoting and goes on from what is feasible."""
+    settled = step.lost | (residual.unsolved <= _SHARP * residual.violation)
+    exchanged = s.pivoting & ~s.done & (residual.violation > s.bar) & settled
+    too_steep = -residual.outer > (s.bar * residual.size)[:, None]
+    wrong = jnp.where(s.free, s.x < 0, too_steep) & exchanged[:, None]
+    count = jnp.sum(wrong, axis=1, dtype=jnp.int32)
+    patience = jnp.where(count < s.fewest, _PATIENCE, s.patience - 1)
+    patience = jnp.where(exchanged, patience, s.patience)
+    fewest = jnp.where(exchanged, jnp.minimum(count, s.fewest), s.fewest)
+    quits = exchanged & (patience <= 0)
+    free = jnp.where(quits[:, None], s.x > 0, s.free ^ wrong)
+    x = jnp.where(exchanged[:, None], jnp.where(free, jnp.maximum(s.x, 0), 0), s.x)
+    pivoting = s.pivoting & ~quits
+    s = s._replace(x=x, free=free, pivoting=pivoting, fewest=fewest, patience=patience)
+    return s, exchanged
+
+
+def _confirm(s: _Programs, step: _Step, residual: _Residual, exchanged: jax.Array) -> _Programs:
+    """A recurrence may claim what the slope itself does not confirm: then it asks for less."""
+    # The bar rises, lest all wait for a residual that rounding holds above it: fast where the
+    # residual hovers just above it, as between the many solutions of a singular program.
+    K = s.x.shape[1]
+    hovering, falling = 2 ** (1 / (K / 4 + 16)), 2 ** (1 / (8 * K + 64))
+    worst = jnp.maximum(residual.unsolved, residual.violation)
+    small = worst <= s.bar
+    done = s.done | (s.stale & small) | jnp.isnan(residual.unsolved)
+    claim = step.moving & ~step.hit & ~exchanged & (small | step.lost)
+    rise = jnp.where(worst <= 8 * s.bar, hovering, falling)
+    bar = jnp.where(claim, 2 * s.bar, s.bar) * rise
+    return s._replace(done=done, bar=bar, stale=(step.hit | claim | exchanged) & ~done)
+
+
+def _turn(s: _Programs, step: _Step, residual: _Residual) -> _Programs:
+    """The next direction: conjugate among the free variables, or where more is to gain."""
+    inner, outer = residual.inner, residual.outer
+    turn = divide(_inner(inner, step.image), step.curvature)
+    conjugate = inner - turn[:, None] * s.direction
+    inward = s.pivoting | (_inner(outer, outer) <= _inner(inner, inner))
+    direction = jnp.where(inward[:, None], conjugate, outer)
+    return s._replace(direction=jnp.where((s.done | s.stale)[:, None], 0, direction))
 
 
 def _inner(a, b):

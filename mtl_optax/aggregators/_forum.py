@@ -9,7 +9,7 @@ import optax
 
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import EXACT, divide, dot
-from mtl_optax.balancers._usable import softmax_over, step_each
+from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
 from mtl_optax.links import COUNT, check_count, check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
