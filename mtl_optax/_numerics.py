@@ -1,5 +1,7 @@
 """What all K×K algebra uses: full-precision products, exact scales, division by what may be 0."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
@@ -20,6 +22,11 @@ def focal(kpi: jax.Array, gamma: jax.Array) -> jax.Array:
 def underflows(dtype: DTypeLike) -> bool:
     """Whether the dtype has no small numbers, as float16 and float8 have none."""
     return bool(jnp.finfo(dtype).minexp > -100)
+
+
+def is_fewer(a: Any, b: Any) -> bool:
+    """Whether count a < b; not where one is unknown, as it has a symbol of `jax.export` in it."""
+    return isinstance(a, int) and isinstance(b, int) and a < b
 
 
 # The default of a TPU is bfloat16, of many a GPU TensorFloat-32.

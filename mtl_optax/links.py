@@ -234,11 +234,19 @@ UP_TO_ONE = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 COUNT = (lambda x: (x >= 1) & (x % 1 == 0), "a whole number of at least 1")
 
 
-def check_option(name: str, value: Any, valid: Callable[[Any], Any], expected: str) -> None:
-    """Raises unless a numeric option is in its range; traced values pass unchecked."""
+def check_option(
+    name: str, value: Any, valid: Callable[[Any], Any], expected: str, *, each: bool = False
+) -> None:
+    """Raises unless an option is one number, or with `each` a tree of arrays, in its range.
+
+    Traced values pass whatever they are.
+    """
+    leaves = jax.tree.leaves(value)
+    if not each and not (len(leaves) == 1 and leaves[0] is value and np.ndim(value) == 0):
+        raise ValueError(f"{name}={value!r}, expected one number, {expected}")
     if is_traced(value):
         return
-    for leaf in map(np.asarray, jax.tree.leaves(value)):
+    for leaf in map(np.asarray, leaves):
         is_number = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
         if not (is_number and np.all(valid(leaf))):
             raise ValueError(f"{name}={value}, expected {expected}")
@@ -274,7 +282,7 @@ def per_task(name: str, value: Any, jacobian: Jacobian) -> jax.Array:
 
 def check_preference(preference: Any) -> None:
     """Raises unless a preference is None, or non-negative and not 0 for all tasks."""
-    check_option("preference", preference, lambda p: p >= 0, "non-negative weights")
+    check_option("preference", preference, lambda p: p >= 0, "non-negative weights", each=True)
     given = not is_traced(preference) and jax.tree.leaves(preference)
     if given and not any(np.any(np.asarray(leaf)) for leaf in given):
         raise ValueError(f"preference={preference}, expected at least one task above 0")

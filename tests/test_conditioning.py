@@ -560,8 +560,6 @@ def test_rows_of_narrow_parameters_are_kept_in_float32(name):
 def test_adatask_outlives_a_gradient_whose_square_overflows():
     tx, rows, w = mtl.adatask(2), jnp.ones((2, 3)), jnp.ones(3)
     _, state = tx.update(rows, tx.init(w), w, losses=jnp.ones(2))
-    _, state = tx.update(1e30 * rows, state, w, losses=jnp.ones(2))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
-    update, _ = tx.update(rows, state, w, losses=jnp.ones(2))
-    assert np.isfinite(update).all()
-    assert np.all(update != 0)
+    update, after = tx.update(1e30 * rows, state, w, losses=jnp.ones(2))
+    chex.assert_trees_all_equal(after, state)
+    np.testing.assert_allclose(update, 2.0, rtol=1e-4)  # two steps of the gradients before

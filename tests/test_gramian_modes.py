@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -499,3 +500,52 @@ def test_a_gradient_that_cancels_to_rounding_has_no_negative_square(gramian):
         smallest.append(jac.scaled_gramian()[0].diagonal().min())
         assert np.isfinite(jac.norms()).all()
     assert min(smallest) >= 0
+
+
+WAYS = ("auto", "rows", "ghost", "streamed", "columns")
+
+
+@pytest.mark.parametrize("gramian", WAYS)
+def test_a_step_is_exported_for_any_batch_size(gramian):
+    """Where the sizes are symbols there is nothing to compare, and the numbers are the same."""
+    width = 70_000 if gramian == "auto" else 8  # past what is held as rows in any case
+    params = {"trunk": jnp.ones((3, width)) / width, "a": jnp.ones(width), "b": jnp.ones(width)}
+
+    def losses(p, x):
+        h = jnp.tanh(x @ p["trunk"])
+        return {k: jnp.mean((h @ p[k] - 1) ** 2) for k in ("a", "b")}
+
+    def gramian_of(p, x):
+        return mtl.value_and_jac(losses, gramian=gramian)(p, x)[1].gramian()
+
+    (size,) = jax.export.symbolic_shape("b")
+    shaped = jax.ShapeDtypeStruct((size, 3), jnp.float32)
+    exported = jax.export.export(jax.jit(gramian_of))(params, shaped)
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    np.testing.assert_allclose(exported.call(params, x), jax.jit(gramian_of)(params, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("gramian", ["auto", "ghost"])
+def test_tasks_along_an_axis_are_exported_for_any_batch_size(gramian):
+    def loss(w, x):
+        return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+    def gramian_of(w, x):
+        return mtl.value_and_jac(loss, in_axes=(None, 0), gramian=gramian)(w, x)[1].gramian()
+
+    (size,) = jax.export.symbolic_shape("b")
+    shaped = jax.ShapeDtypeStruct((4, size, 3), jnp.float32)
+    w, x = jnp.ones((3, 5)), jax.random.normal(jax.random.key(0), (4, 6, 3))
+    got = jax.export.export(jax.jit(gramian_of))(w, shaped).call(w, x)
+    np.testing.assert_allclose(got, jax.jit(gramian_of)(w, x), rtol=1e-5)
+
+
+def test_features_are_exported_for_any_batch_size():
+    def step(w, x):
+        encode, heads = lambda w: x @ w, lambda w, h: {"a": jnp.mean(h**2), "b": jnp.mean(h)}
+        return mtl.value_and_feature_jac(encode, heads)(w)[1].gramian()
+
+    (size,) = jax.export.symbolic_shape("b")
+    w, x = jnp.ones((3, 5)), jax.random.normal(jax.random.key(0), (6, 3))
+    exported = jax.export.export(jax.jit(step))(w, jax.ShapeDtypeStruct((size, 3), jnp.float32))
+    np.testing.assert_allclose(exported.call(w, x), jax.jit(step)(w, x), rtol=1e-5)

@@ -1,6 +1,7 @@
 """What every strategy of the catalog must do."""
 
 import functools
+import inspect
 import itertools
 import re
 
@@ -182,8 +183,19 @@ def test_a_numeric_option_follows_a_schedule(name):
 def test_an_option_of_another_type_is_named(name, option):
     row = mtl.STRATEGIES[name]
     key = {"key": jax.random.key(0)} if row.stochastic else {}
-    with pytest.raises((TypeError, ValueError), match=f"{option}='?no"):
-        row.factory(num_tasks=3, **{option: "no"}, **key)
+    others = ["no"]
+    if "Mapping" not in str(inspect.signature(row.factory).parameters[option].annotation):
+        others += [None, jnp.full(3, 0.5), [0.5, 0.5, 0.5], np.full((1, 1), 0.5)]
+    for other in others:
+        with pytest.raises((TypeError, ValueError), match=f"{option}="):
+            row.factory(num_tasks=3, **{option: other}, **key)
+
+
+@pytest.mark.parametrize("name", sorted(mtl.STRATEGIES))
+def test_a_first_state_has_no_nan(name):
+    """Or `jax_debug_nans` stops at it."""
+    with jax.debug_nans(True):
+        make(name, 3).init(jnp.ones(2))
 
 
 # Laws of the map from a Jacobian to an update, on given Jacobians.

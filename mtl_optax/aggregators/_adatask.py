@@ -8,16 +8,15 @@ import optax
 
 from mtl_optax._numerics import divide
 from mtl_optax.jacobian._rows import finite_rows, per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
 from mtl_optax.states import PerTask
 
 
 class AdataskState(NamedTuple):
     """State of `adatask`."""
 
-    momenta: (
-        PerTask  # like the parameters, leaves (K, *param.shape), at least float32, not debiased
-    )
+    # Like the parameters, leaves (K, *param.shape), at least float32, not debiased.
+    momenta: PerTask
     second_moments: PerTask  # likewise; neither is debiased
     count: PerTask  # (K,) int32, updates of each task so far
 
@@ -39,7 +38,7 @@ def adatask(
     others hardly move it; with moments of its own each moves it about as far. A head follows plain
     Adam. It is an optimizer itself: follow it by `optax.sgd(rate)`, not by Adam, whose own moments
     would undo it. The state holds 2 K rows. A task's moments are debiased by the updates in which
-    it was present; an entry that is not finite leaves them as they were.
+    it was present; a gradient that is not finite, or whose square is not, leaves them as they were.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.
@@ -80,7 +79,10 @@ def adatask(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         rows = jax.tree.leaves(jacobian.rows())
-        good = finite_rows(rows)
+        momenta, seconds = map(jax.tree.leaves, (state.momenta, state.second_moments))
+        squares = [g.astype(v.dtype) ** 2 for g, v in zip(rows, seconds, strict=True)]
+        # Where a square overflows, a momentum that moved would be divided by nothing.
+        good = finite_rows(squares)
         count = jnp.where(good, optax.safe_increment(state.count), state.count)
 
         def debiased(moment: jax.Array, beta: float | jax.Array) -> jax.Array:
@@ -88,17 +90,10 @@ def adatask(
             return divide(moment, per_row(mass, moment), moment)
 
         steps, new = [], []
-        moments = zip(
-            rows,
-            jax.tree.leaves(state.momenta),
-            jax.tree.leaves(state.second_moments),
-            strict=True,
-        )
-        for g, m, v in moments:
+        for g, square, m, v in zip(rows, squares, momenta, seconds, strict=True):
             known = per_row(good, g)
             momentum = jnp.where(known, b1 * m + (1 - b1) * g, m).astype(m.dtype)
-            square = jnp.where(known, b2 * v + (1 - b2) * g.astype(v.dtype) ** 2, v)
-            second = keep_finite(square, v).astype(v.dtype)  # a square may overflow
+            second = jnp.where(known, b2 * v + (1 - b2) * square, v).astype(v.dtype)
             steps.append(divide(debiased(momentum, b1), jnp.sqrt(debiased(second, b2)) + eps))
             new.append((momentum, second))
         momenta, seconds = zip(*new, strict=True)

@@ -81,7 +81,7 @@ def epo(
       Controlled Ascent in Pareto Optimization
       <https://proceedings.mlr.press/v119/mahapatra20a.html>`_, 2020, eq. 24.
     """
-    check_option("preference", preference, lambda r: r > 0, "above 0")
+    check_option("preference", preference, lambda r: r > 0, "above 0", each=True)
     check_option("tolerance", tolerance, lambda t: t > 0, "above 0")
 
     def solve(jacobian):

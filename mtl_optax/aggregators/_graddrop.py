@@ -63,7 +63,7 @@ def graddrop(
     """
     check_num_tasks(num_tasks)
     check_key(key)
-    check_option("leak", leak, *UP_TO_ONE)
+    check_option("leak", leak, *UP_TO_ONE, each=True)
 
     def init_fn(params):
         del params

@@ -84,7 +84,7 @@ def pcd(
       2026, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("tau", tau, *UP_TO_ONE)
+    check_option("tau", tau, *UP_TO_ONE, each=True)
     check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):

@@ -17,7 +17,7 @@ class DtpState(NamedTuple):
     """State of `scale_by_dtp`."""
 
     weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
-    kpis: Annotated[PerTask, jnp.nan]  # (K,) float32, moving averages, NaN until a KPI is seen
+    kpis: Annotated[PerTask, jnp.inf]  # (K,) float32, moving averages, inf until a KPI is seen
     invalid: PerTask  # (K,) int32, KPIs seen that were NaN or outside [0, 1]
 
 
@@ -68,14 +68,14 @@ def scale_by_dtp(
       ECCV 2018, eqs. 4-6.
     """
     check_num_tasks(num_tasks)
-    check_option("gamma", gamma, lambda g: g >= 0, "at least 0")
+    check_option("gamma", gamma, lambda g: g >= 0, "at least 0", each=True)
     check_option("decay", decay, *BELOW_ONE)
 
     def init_fn(params):
         del params
         return DtpState(
             weights=jnp.ones(num_tasks, jnp.float32),
-            kpis=jnp.full(num_tasks, jnp.nan, jnp.float32),
+            kpis=jnp.full(num_tasks, jnp.inf, jnp.float32),
             invalid=jnp.zeros(num_tasks, jnp.int32),
         )
 
@@ -88,18 +88,18 @@ def scale_by_dtp(
             )
         known = [leaf for leaf in jax.tree.leaves(kpis) if not isinstance(leaf, jax.Array)]
         inside = lambda k: ~((k < 0) | (k > 1))  # noqa: E731, NaN passes
-        check_option("kpis", known, inside, "in [0, 1]: a share, not percent")
+        check_option("kpis", known, inside, "in [0, 1]: a share, not percent", each=True)
         seen = per_task("kpis", jax.lax.stop_gradient(kpis), jacobian).astype(jnp.float32)
         valid = (seen >= 0) & (seen <= 1)  # False for NaN
         clamped = jnp.clip(seen, 0, 1)
         average = decay * state.kpis + (1 - decay) * clamped
-        average = jnp.where(jnp.isnan(state.kpis), clamped, average)
+        average = jnp.where(jnp.isinf(state.kpis), clamped, average)
         average = jnp.where(jnp.isnan(seen), state.kpis, average)
 
         # Kept off 1, the weight of a solved task does not vanish for good.
         priority = focal(average, per_task("gamma", gamma, jacobian))
         # A task without any KPI yet keeps the weight that it starts with.
-        weights = jnp.where(jnp.isnan(average), 1, priority).astype(jnp.float32)
+        weights = jnp.where(jnp.isinf(average), 1, priority).astype(jnp.float32)
         return jacobian.scale(weights), DtpState(weights, average, state.invalid + ~valid)
 
     return link(init_fn, update_fn, num_tasks)

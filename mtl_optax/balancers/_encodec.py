@@ -83,7 +83,7 @@ def scale_by_encodec(
     """
     check_num_tasks(num_tasks)
     check_flag("per_example", per_example)
-    check_option("shares", shares, lambda s: s >= 0, "at least 0")
+    check_option("shares", shares, lambda s: s >= 0, "at least 0", each=True)
     check_option("decay", decay, *BELOW_ONE)
     if total_norm is not None:
         check_option("total_norm", total_norm, lambda r: r > 0, "more than 0")

@@ -91,7 +91,7 @@ def scale_by_gradnorm(
     given = jax.tree.map(
         lambda loss: jnp.nan if loss is None else loss, initial_losses, is_leaf=lambda x: x is None
     )
-    check_option("initial_losses", given, lambda loss: ~(loss <= 0), "positive losses")
+    check_option("initial_losses", given, lambda loss: ~(loss <= 0), "positive losses", each=True)
     # Adam's own eps of 1e-8 would slow the weights down where gradient norms are small.
     optimizer = optimizer or optax.adam(0.025, eps=1e-15)
 

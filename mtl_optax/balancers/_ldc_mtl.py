@@ -10,7 +10,14 @@ import optax
 from mtl_optax._numerics import dot
 from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_choice, check_count, check_num_tasks, check_option, link
+from mtl_optax.links import (
+    check_choice,
+    check_count,
+    check_num_tasks,
+    check_option,
+    is_traced,
+    link,
+)
 from mtl_optax.states import PerTask
 
 
@@ -85,7 +92,9 @@ def scale_by_ldc_mtl(
     check_choice("between", between, ("losses", "weighted"))
     check_count("num_features", num_features, least=0)
     in_order = lambda b: b.shape == (2,) and 0 <= b[0] <= b[1] <= 1  # noqa: E731
-    check_option("bounds", np.asarray(bounds), in_order, "two numbers in ascending order, 0 to 1")
+    if not is_traced(bounds):
+        given = np.asarray(bounds)
+        check_option("bounds", given, in_order, "two numbers in ascending order, 0 to 1", each=True)
     optimizer = optimizer or optax.adam(1e-3)
 
     def init_fn(params):

@@ -17,7 +17,7 @@ class SoftadaptState(NamedTuple):
     """State of `scale_by_softadapt`."""
 
     weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
-    losses: Annotated[PerTask, jnp.nan]  # (K,) float32, means of the last window, NaN before
+    losses: Annotated[PerTask, jnp.inf]  # (K,) float32, means of the last window, inf before
     rates: PerTask  # (K,) float32, by how much they exceed those of the window before, 0 before
     loss_sum: PerTask  # (K,) float32, over the finite losses of the running window
     loss_count: PerTask  # (K,) int32, how many they are
@@ -93,7 +93,7 @@ def scale_by_softadapt(
         ones = jnp.ones(num_tasks, jnp.float32)
         return SoftadaptState(
             weights=ones,
-            losses=jnp.full_like(ones, jnp.nan),
+            losses=jnp.full_like(ones, jnp.inf),
             rates=jnp.zeros_like(ones),
             loss_sum=jnp.zeros_like(ones),
             loss_count=jnp.zeros(num_tasks, jnp.int32),

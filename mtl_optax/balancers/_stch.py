@@ -114,7 +114,7 @@ def scale_by_stch(
     check_preference(preference)
     check_choice("kind", kind, KINDS)
     if nadir is not None:
-        check_option("nadir", nadir, lambda n: n > 0, "positive losses")
+        check_option("nadir", nadir, lambda n: n > 0, "positive losses", each=True)
     check_option("warmup", warmup, *COUNT)
     check_option("window", window, *COUNT)
     if not is_traced((warmup, window)) and np.asarray(window) > np.asarray(warmup):

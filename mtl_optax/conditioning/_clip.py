@@ -37,7 +37,7 @@ def clip_tasks(max_norm: TaskOption) -> optax.GradientTransformationExtraArgs:
       [[0.6 0.8]
        [0.  0.5]]
     """
-    check_option("max_norm", max_norm, lambda c: c > 0, "more than 0")
+    check_option("max_norm", max_norm, lambda c: c > 0, "more than 0", each=True)
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args

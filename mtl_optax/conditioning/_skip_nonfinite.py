@@ -67,7 +67,7 @@ def skip_nonfinite(
         jacobian = receive(updates, losses, None, shared, present)
         update, inner_state = run(tx, jacobian, state.inner_state, params, extra_args)
         pairs = zip(jax.tree.leaves(inner_state), jax.tree.leaves(state.inner_state), strict=True)
-        # Some states are NaN until they have seen something.
+        # Some states are infinite until they have seen something.
         good = [~(_nonfinite(new) & ~_nonfinite(old)) for new, old in pairs]
         good += [~_nonfinite(leaf) for leaf in jax.tree.leaves(update)]
         dropped = ~jacobian.present

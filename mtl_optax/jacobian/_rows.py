@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtl_optax._branch import fallback
 from mtl_optax._compat import explicit_mesh, varying_axes
-from mtl_optax._numerics import EXACT, dot, power_of_two, wide
+from mtl_optax._numerics import EXACT, dot, is_fewer, power_of_two, wide
 
 # Columns that a CPU multiplies at a time.
 _BLOCK = 8192
@@ -174,7 +174,7 @@ def scaled_products(
         products = sum(map(_products, left, right), jnp.zeros((num_tasks, num_tasks), dtype))
         return products, scales, other_scales
 
-    if not same or sum(row.size for row in rows) <= _FEW:
+    if not same or not is_fewer(_FEW, sum(row.size for row in rows)):
         return in_units()
     # To find the scales first would read the rows twice more. They come from the products instead,
     # unless those leave the range of the type or are so small that what underflowed counts.

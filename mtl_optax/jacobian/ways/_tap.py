@@ -43,11 +43,11 @@ class Layer:
         """What measuring it once takes."""
         held = self.num_tasks * self.aval.size * self.aval.dtype.itemsize
         if self.use is not None:
-            return Cost("streamed ghost", int(ghost.ghost_cost((self.use,), self.num_tasks)), held)
-        return Cost("streamed rows", int(self.by_rows), held)
+            return Cost("streamed ghost", ghost.ghost_cost((self.use,), self.num_tasks), held)
+        return Cost("streamed rows", self.by_rows, held)
 
     @property
-    def by_rows(self) -> float:
+    def by_rows(self) -> int:
         """How many multiplications measuring it once by its rows takes."""
         if self.use is not None:
             return ghost.rows_cost((self.use,), self.num_tasks)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
+from mtl_optax._numerics import is_fewer
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap
 from mtl_optax.jacobian._program import ISOMETRIES, Program, variables
@@ -14,8 +15,8 @@ from mtl_optax.jacobian.ways.rows import Rows
 
 # Rows of so many bytes are held as they are: nothing of that size is worth rounding more.
 SMALL = 2**20
-# How many times the multiplications a step may take that holds one layer in place of K rows.
-_FOR_MEMORY = 1.1
+# What a step may take that holds one layer in place of K rows, in percent of the multiplications.
+_FOR_MEMORY = 110
 
 
 @jax.tree_util.register_dataclass
@@ -67,7 +68,8 @@ def _chosen(linear: LinearMap, layout: Layout) -> Way:
     passes = 1 + layout.num_tasks
     by_stream += (passes + 2) * forward
     by_ghost += (passes + (1 if layout.num_tasks <= ghost.MOST_TASKS_HELD else 2)) * forward
-    return streamed.Streamed() if by_stream <= _FOR_MEMORY * by_ghost else ghost.Ghost()
+    too_many = is_fewer(_FOR_MEMORY * by_ghost, 100 * by_stream)
+    return ghost.Ghost() if too_many else streamed.Streamed()
 
 
 def _stand_inside(program: Program, leaves: Sequence[int]) -> bool:

@@ -62,7 +62,7 @@ class Axis(ghost.Ghost):
         shared = [m and not s for m, s in zip(measured, linear.stacked, strict=True)]
         return super().taps(linear, shared)
 
-    def tap_cost(self, uses: ghost.Uses, linear: Any) -> float:
+    def tap_cost(self, uses: ghost.Uses, linear: Any) -> int:
         """How many multiplications the products of all pairs of rows take."""
         e, _, c, f = uses[0].size
         n = sum(use.size[1] for use in uses)

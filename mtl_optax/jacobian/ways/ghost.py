@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import EXACT, divide, power_of_two, wide
+from mtl_optax._numerics import EXACT, divide, is_fewer, power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._layout import Layout
 from mtl_optax.jacobian._linear_map import Heads, LinearMap, one_by_one
@@ -107,7 +107,7 @@ class Ghost(Way):
             costs[i] = product_cost("rows", num_tasks, aval, linear.forming[i])
             if i in taps:
                 held = num_tasks * sum(use.y.aval.size for use in taps[i])
-                cost = int(self.tap_cost(taps[i], linear))
+                cost = self.tap_cost(taps[i], linear)
                 costs[i] = Cost(self.title, cost, held * aval.dtype.itemsize)
         return costs
 
@@ -116,10 +116,10 @@ class Ghost(Way):
         return {
             leaf: uses
             for leaf, uses in find(linear.program, measured).items()
-            if self.tap_cost(uses, linear) < rows_cost(uses, linear.num_tasks)
+            if is_fewer(self.tap_cost(uses, linear), rows_cost(uses, linear.num_tasks))
         }
 
-    def tap_cost(self, uses: Uses, linear: LinearMap) -> float:
+    def tap_cost(self, uses: Uses, linear: LinearMap) -> int:
         """How many multiplications the products of one leaf take from its cotangents."""
         return ghost_cost(uses, linear.num_tasks)
 
@@ -270,10 +270,10 @@ def use_of(eqn: Any, w: Any, steps: tuple[Any, ...], constants: set[Any]) -> Use
 
 def is_cheaper(uses: Uses, num_tasks: int) -> bool:
     """Whether the products of a layer take less by the ghost's identity than by its rows."""
-    return ghost_cost(uses, num_tasks) < rows_cost(uses, num_tasks)
+    return is_fewer(ghost_cost(uses, num_tasks), rows_cost(uses, num_tasks))
 
 
-def rows_cost(uses: Uses, num_tasks: int) -> float:
+def rows_cost(uses: Uses, num_tasks: int) -> int:
     """Of the rows and their products."""
     e, _, c, f = uses[0].size
     return num_tasks * (forming(uses) + num_tasks * e * c * f)
@@ -286,7 +286,7 @@ def forming(uses: Uses) -> int:
     return e * n * f * (1 if uses[0].x_dims is None else c)
 
 
-def ghost_cost(uses: Uses, num_tasks: int) -> float:
+def ghost_cost(uses: Uses, num_tasks: int) -> int:
     """Of the products by the ghost's identity."""
     e, _, c, f = uses[0].size
     n = sum(use.size[1] for use in uses)
