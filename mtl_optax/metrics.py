@@ -132,7 +132,9 @@ def hypervolume(
 
     for metrics where higher is better, mirrored where lower is. It grows when a point of the front
     improves in any task. Points that are not better than the reference in every task add nothing,
-    and neither do points with NaN. Exact, by slicing; its cost grows as :math:`N^{K-1}`.
+    and neither do points with NaN. One that is, and infinitely so in a task, as by a loss of minus
+    infinity, makes it infinite; an infinite loss adds nothing. Exact, by slicing; its cost grows as
+    :math:`N^{K-1}`.
 
     Args:
       points: the metrics of N solutions, ``(N, K)``.
@@ -162,7 +164,9 @@ def hypervolume(
         )
     gains = _signs(higher_is_better, points) * (points - reference[None])
     inside = jnp.all(gains > 0, axis=1, keepdims=True)  # False for NaN
-    return _volume(jnp.where(inside, gains, 0.0))
+    volume = _volume(jnp.where(inside, gains, 0.0))
+    # Without NaN in the gains, only 0 * inf and inf - inf make one: of boxes without an end.
+    return jnp.where(jnp.isnan(volume), jnp.inf, volume)
 
 
 def affinity(
@@ -170,8 +174,9 @@ def affinity(
 ) -> Float[Array, "K K"]:
     r"""How much a gradient step for one task lowers the loss of another: whom to train together.
 
-    .. math:: Z_{ij} = 1 - \frac{L_j(\theta_s - \eta \nabla_{\theta_s} L_i,\, \theta_j)}
-              {L_j(\theta_s,\, \theta_j)}
+    .. math:: Z_{ij} = \frac{L_j(\theta_s,\, \theta_j)
+              - L_j(\theta_s - \eta \nabla_{\theta_s} L_i,\, \theta_j)}
+              {|L_j(\theta_s,\, \theta_j)|}
 
     The step is of the shared parameters alone, on the same batch. Above 0 task i helps task j,
     below 0 it harms it; the diagonal is what a task does for itself. Average it over the steps of a
@@ -188,6 +193,11 @@ def affinity(
       ``(K, K)``: row i is what the step for task i does to each loss. Costs K backward passes and K
       evaluations, one after another.
 
+    Raises:
+      TypeError: as `value_and_jac`, if `loss_fn` is no function, or a parameter or a loss is not of
+        a real floating-point type.
+      ValueError: as `value_and_jac`, if a named loss is not a scalar.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import mtl_optax as mtl
@@ -195,6 +205,10 @@ def affinity(
       >>> Z = mtl.metrics.affinity(losses_fn, jnp.zeros(2), learning_rate=0.1)
       >>> [[round(float(z), 2) for z in row] for row in Z]
       [[0.36, -0.44], [-0.44, 0.36]]
+
+    Differs from:
+      Fifty et al. divide by :math:`L_j`; the size of it keeps a help a help where a loss is
+      negative, as that of a density can be.
 
     References:
       Fifty et al., `Efficiently Identifying Task Groupings for Multi-Task Learning
@@ -214,7 +228,7 @@ def affinity(
 
     each = jnp.eye(jacobian.num_tasks, dtype=jacobian.dtype)
     after, before = jax.lax.map(losses_after, each), jacobian.loss_vector()[None, :]
-    return jnp.where(before == 0, 0, 1 - after / jnp.where(before == 0, 1, before))
+    return jnp.where(before == 0, 0, (before - after) / jnp.where(before == 0, 1, abs(before)))
 
 
 def non_dominated(
@@ -260,8 +274,9 @@ def igd(
     lacks: unlike the plain distance, it never rewards a set of which each point is worse.
 
     Args:
-      points: the metrics of N solutions, ``(N, K)``; a point with NaN is infinitely far.
-      front: points that cover the true front evenly, ``(M, K)``.
+      points: the metrics of N solutions, ``(N, K)``; a point with NaN is infinitely far, and so is
+        the nearest of none.
+      front: points that cover the true front evenly, ``(M, K)``, M >= 1.
       plus: whether to take :math:`d^+`, IGD+, or d, IGD; static.
       higher_is_better: one bool for all tasks, or K of them; static.
 
@@ -269,7 +284,7 @@ def igd(
       A scalar, at least 0, in the unit of the metrics.
 
     Raises:
-      ValueError: if the shapes don't fit, or `higher_is_better` is not K bools.
+      ValueError: if the shapes don't fit, the front is empty, or `higher_is_better` is not K bools.
 
     Examples:
       >>> import mtl_optax as mtl
@@ -288,10 +303,12 @@ def igd(
             f"points have shape {points.shape} and the front {front.shape}, expected (N, K) and "
             "(M, K)"
         )
+    if not len(front):
+        raise ValueError("the front has no points, expected at least 1 to be near to")
     lacking = _signs(higher_is_better, points)[None] * (front[:, None] - points[None])
     lacking = jnp.maximum(lacking, 0) if plus else lacking
     distances = jnp.sqrt(jnp.sum(jnp.where(jnp.isnan(lacking), jnp.inf, lacking) ** 2, axis=2))
-    return jnp.mean(jnp.min(distances, axis=1))
+    return jnp.mean(jnp.min(distances, axis=1, initial=jnp.inf))
 
 
 def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
@@ -303,7 +320,7 @@ def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
     0 is even. It says nothing about how much of a front is covered; the volume does.
 
     Args:
-      points: the metrics of N >= 2 solutions, ``(N, K)``; a solution with a NaN is left out.
+      points: the metrics of N >= 2 solutions, ``(N, K)``; one that is not finite is left out.
 
     Returns:
       A scalar, at least 0, in the unit of the metrics; NaN where no two are left.

@@ -5,6 +5,7 @@ They draw what `mtl.summarize` returned at each step, stacked: a dict of ``(T,)`
 They read in grey as in colour. Matplotlib, the extra "plots", is imported when a picture is drawn.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def cosines(history: History, *, ax: "Axes | None" = None) -> "Axes":
         vmax=1,
     )
     ax.set_xlabel("step")
-    ax.set_yticks(range(len(series)), list(series))
+    ax.set_yticks(range(len(series)), [plain(pair) for pair in series])
     ax.figure.colorbar(image, ax=ax, label="cosine (dark: conflict)")
     return ax
 
@@ -140,8 +141,9 @@ def affinity(matrix: ArrayLike, tasks: Sequence[str], *, ax: "Axes | None" = Non
     for (i, j), value in np.ndenumerate(matrix):
         colour = "black" if value > 0 else "white"
         ax.text(j, i, f"{value:.3f}", ha="center", va="center", color=colour)
-    ax.set_xticks(range(size), list(tasks))
-    ax.set_yticks(range(size), list(tasks))
+    names = [plain(task) for task in tasks]
+    ax.set_xticks(range(size), names)
+    ax.set_yticks(range(size), names)
     ax.set_xlabel("loss of")
     ax.set_ylabel("step for")
     ax.figure.colorbar(image, ax=ax, label="affinity (dark: harms)")
@@ -157,7 +159,8 @@ def pareto_plane(
 ) -> "Axes":
     """Draws where each run ends in the plane of two tasks, and the path that led there.
 
-    The ends that no other run beats in both tasks are filled, the others hollow.
+    The ends that no other run beats in both tasks are filled, the others hollow; a run that ends in
+    NaN is beaten.
 
     Args:
       runs: the label of a run to its losses or metrics, each a `(T,)` array or a number.
@@ -170,7 +173,7 @@ def pareto_plane(
 
     Raises:
       ImportError: as in `weights`.
-      ValueError: if there is no run, or one lacks a task.
+      ValueError: if there is no run, or one lacks a task or has not as many steps in both.
 
     Examples:
       >>> import mtl_optax as mtl
@@ -187,11 +190,19 @@ def pareto_plane(
         missing = [task for task in tasks if task not in run]
         if missing:
             raise ValueError(f"run {label!r} has {list(run)}, expected the tasks {missing} too")
-        paths[label] = np.stack([np.atleast_1d(np.asarray(run[task])) for task in tasks])
+        steps = [np.atleast_1d(np.asarray(run[task])) for task in tasks]
+        shapes = {task: step.shape for task, step in zip(tasks, steps, strict=True)}
+        if len(set(shapes.values())) > 1 or steps[0].ndim != 1 or not steps[0].size:
+            raise ValueError(
+                f"run {label!r} has the shapes {shapes}, expected (T,) for each, as many steps in "
+                "both: record both at each step, and choose one seed"
+            )
+        paths[label] = np.stack(steps)
     ends = np.stack([path[:, -1] for path in paths.values()]) * (-1 if higher_is_better else 1)
     ax = _axes(ax)
     for i, (label, path) in enumerate(paths.items()):
-        beaten = np.any(np.all(ends <= ends[i], axis=1) & np.any(ends < ends[i], axis=1))
+        by = np.all(ends <= ends[i], axis=1) & np.any(ends < ends[i], axis=1)
+        beaten = np.any(by) or np.any(np.isnan(ends[i]))
         ax.plot(
             path[0],
             path[1],
@@ -201,10 +212,10 @@ def pareto_plane(
             markersize=9,
             markeredgewidth=1.5,
             markerfacecolor="white" if beaten else _look(i)["color"],
-            label=label,
+            label=plain(label),
         )
-    ax.set_xlabel(tasks[0])
-    ax.set_ylabel(tasks[1])
+    ax.set_xlabel(plain(tasks[0]))
+    ax.set_ylabel(plain(tasks[1]))
     ax.grid(alpha=0.3)
     ax.legend(title="filled: on the front")
     return ax
@@ -213,22 +224,24 @@ def pareto_plane(
 def front(
     solutions: History,
     *,
-    true_front: ArrayLike | None = None,
-    reference: ArrayLike | None = None,
+    true_front: ArrayLike | History | None = None,
+    reference: ArrayLike | History | None = None,
     higher_is_better: bool = False,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draws a whole front, with its measures in the title.
 
     Two tasks span a plane; more of them are parallel axes, where a line is a solution. Solutions
-    that no other one dominates are filled or solid, the others hollow or dashed.
+    that no other one dominates are filled or solid, the others hollow or dashed. The tasks stand in
+    the order in which JAX flattens the losses, sorted, and not in that of the dict.
 
     Args:
       solutions: each task to its losses or metrics, an `(N,)` array, N >= 2, as
         ``jax.vmap(loss_fn)(params)`` returns them.
-      true_front: points of the true front, `(M, K)`, where it is known: drawn in the plane, and
-        IGD+ is measured from it.
-      reference: a point, `(K,)`, down to which the hypervolume is measured.
+      true_front: points of the true front, where it is known: drawn in the plane, and IGD+ is
+        measured from it. `(M, K)` in the order of the tasks, or a dict of them to `(M,)` arrays.
+      reference: a point down to which the hypervolume is measured, `(K,)` in the order of the
+        tasks, or a dict of them to numbers.
       higher_is_better: whether these are metrics, of which more is better; losses by default.
       ax: as in `weights`.
 
@@ -237,51 +250,77 @@ def front(
 
     Raises:
       ImportError: as in `weights`.
-      ValueError: if there are less than two tasks or solutions, or shapes don't fit.
+      ValueError: if there are less than two tasks or solutions, or shapes or tasks don't fit.
 
     Examples:
       >>> import mtl_optax as mtl
       >>> losses = {"click": [0.1, 0.2, 0.6], "buy": [0.8, 0.3, 0.2]}
-      >>> mtl.plots.front(losses, reference=[1.0, 1.0]).get_title()
-      '3 of 3 on the front, hypervolume 0.62, spacing 0.058'
+      >>> ax = mtl.plots.front(losses, reference={"click": 1.0, "buy": 2.0})
+      >>> ax.get_title(), ax.get_xlabel()
+      ('3 of 3 on the front, hypervolume 1.52, spacing 0.058', 'buy')
     """
-    points = np.stack([np.asarray(values, float) for values in solutions.values()], axis=-1)
-    if points.ndim != 2 or points.shape[1] < 2:
+    # JAX keeps the order of this one dict alone.
+    tasks = list(solutions) if isinstance(solutions, OrderedDict) else sorted(solutions)
+    if len(tasks) < 2:
+        raise ValueError(f"the solutions have the tasks {tasks}, expected 2 or more")
+    points = _columns("the dict of solutions", solutions, tasks)
+    if points.ndim != 2:
         raise ValueError(
-            f"the solutions have shape {points.shape}, expected (N, K) with K >= 2: a dict of K "
-            "tasks to (N,) losses"
+            f"the solutions have shape {points.shape}, expected (N, K): a dict of K tasks to (N,) "
+            "losses"
         )
     best = np.asarray(metrics.non_dominated(points, higher_is_better=higher_is_better))
     title = [f"{best.sum()} of {len(points)} on the front"]
     if reference is not None:
+        reference = _columns("reference", reference, tasks)
         volume = metrics.hypervolume(points, reference, higher_is_better=higher_is_better)
         title.append(f"hypervolume {volume:.3g}")
     if true_front is not None:
+        true_front = _columns("true_front", true_front, tasks)
         distance = metrics.igd(points, true_front, higher_is_better=higher_is_better)
         title.append(f"IGD+ {distance:.2g}")
     title.append(f"spacing {metrics.spacing(points):.2g}")
-    ax, tasks = _axes(ax), list(solutions)
-    if len(tasks) == 2:
+    ax, names = _axes(ax), [plain(task) for task in tasks]
+    if len(names) == 2:
         if true_front is not None:
-            ax.plot(*np.asarray(true_front).T, ".", color="0.6", markersize=3, label="true front")
+            ax.plot(*true_front.T, ".", color="0.6", markersize=3, label="true front")
             ax.legend()
         ax.scatter(*points[best].T, color=_COLOURS[0], zorder=2)
         ax.scatter(*points[~best].T, facecolors="none", edgecolors=_COLOURS[0], zorder=2)
-        ax.set_xlabel(tasks[0])
-        ax.set_ylabel(tasks[1])
+        ax.set_xlabel(names[0])
+        ax.set_ylabel(names[1])
     else:
         for point, is_best in zip(points, best, strict=True):
             ax.plot(point, "-" if is_best else ":", color=_COLOURS[0], alpha=0.7, marker="o")
-        ax.set_xticks(range(len(tasks)), tasks)
+        ax.set_xticks(range(len(names)), names)
     ax.set_title(", ".join(title), fontsize="medium")
     ax.grid(alpha=0.3)
     return ax
 
 
+def plain(text: str) -> str:
+    """A user's text, in which Matplotlib reads no formula and from which it hides no label."""
+    escaped = str(text).replace("$", r"\$")
+    return f" {escaped}" if escaped[:1] in ("", "_") else escaped
+
+
+def _columns(name: str, values: Any, tasks: Sequence[str]) -> np.ndarray:
+    """A dict of the tasks as an array with the tasks on the last axis; an array is one already."""
+    if not isinstance(values, Mapping):
+        return np.asarray(values, float)
+    if set(values) != set(tasks):
+        raise ValueError(f"{name} has {list(values)}, expected the tasks {list(tasks)}")
+    columns = {task: np.asarray(values[task], float) for task in tasks}
+    shapes = {task: column.shape for task, column in columns.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{name} has the shapes {shapes}, expected the same of each task")
+    return np.stack(list(columns.values()), axis=-1)
+
+
 def _lines(series: dict[str, np.ndarray], label: str, ax: "Axes | None") -> "Axes":
     ax = _axes(ax)
     for i, (task, values) in enumerate(series.items()):
-        ax.plot(values, **_look(i), label=task)
+        ax.plot(values, **_look(i), label=plain(task))
     ax.set_xlabel("step")
     ax.set_ylabel(label)
     ax.grid(alpha=0.3)

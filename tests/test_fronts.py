@@ -195,6 +195,19 @@ def test_ordering_penalty_by_hand():
     assert_allclose(penalty(p, losses), expected, atol=1e-6)
 
 
+def test_ordering_penalty_holds_no_equals_against_each_other():
+    penalty = jax.jit(jax.value_and_grad(lambda x, p: mtl.fronts.ordering_penalty(p, x).sum()))
+    # Nobody prefers a task more.
+    value, slope = penalty(np.array([[0.1, 0.1], [0.9, 0.9]]), np.full((2, 2), 0.5))
+    assert value == 0
+    assert np.all(np.asarray(slope) == 0)
+    # Each of two equals is held against the one below and the one above, in whatever order.
+    p, x = np.array([[0.5], [0.2], [0.8], [0.5]]), np.array([[0.9], [0.4], [0.7], [0.1]])
+    expected = np.log(np.mean(np.exp([0.5, 0.0, 0.0, 0.6])))  # from 0.4 twice, to 0.7 twice
+    for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
+        assert_allclose(penalty(x[order], p[order])[0], expected, rtol=1e-5)
+
+
 def test_the_preference_stands_behind_each_input():
     x = jnp.zeros((2, 3, 4), jnp.bfloat16)
     each = jnp.asarray(rng.uniform(size=(2, 3, 2)), jnp.float32)
@@ -216,6 +229,13 @@ def test_mistakes_say_what_to_do():
         updated(tx, identity, jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="expected the K members stacked"):
         mtl.fronts.interpolate(jnp.ones((2, 3)), jnp.ones(3) / 3)
+    with pytest.raises(ValueError, match=r"preference has shape \(\), expected \(K,\)"):
+        mtl.fronts.interpolate(jnp.ones((2, 3)), 0.5)
+    for preference in (jnp.ones((3, 2)), 0.5):
+        with pytest.raises(ValueError, match=r"inputs have shape \(2, 3\) and the preference"):
+            mtl.fronts.with_preference(jnp.ones((2, 3)), preference)
+    with pytest.raises(ValueError, match=r"temperature=-1\.0, expected at least 0"):
+        mtl.fronts.ordering_penalty(jnp.ones((2, 2)), jnp.ones((2, 2)), temperature=-1.0)
     with pytest.raises(ValueError, match=r"expected \(M, K\) for both"):
         mtl.fronts.ordering_penalty(jnp.ones((1, 2)), jnp.ones((1, 2)))
     with pytest.raises(ValueError, match="divisions=0, expected at least 1"):

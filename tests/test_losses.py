@@ -56,7 +56,11 @@ def test_softmax_focal_loss_golden_value():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gamma_zero_is_exactly_cross_entropy(dtype):
     logits = jnp.asarray(np.concatenate([LOGITS[:3], LOGITS[3:] * 1e4]), dtype)
-    reference = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def reference(z, labels):
+        wide = z.astype(jnp.float32)
+        loss = optax.losses.softmax_cross_entropy_with_integer_labels(wide, labels)
+        return loss.astype(dtype)
 
     def value_and_grad(f):
         return jax.jit(jax.value_and_grad(lambda z: f(z).sum()))(logits)
@@ -128,6 +132,37 @@ def test_softmax_focal_loss_is_finite_at_the_extremes(dtype):
         assert values[0] == 0
         np.testing.assert_allclose(float(values[1]), 2e4, rtol=1e-2)
         np.testing.assert_allclose(np.asarray(grads[1], np.float32), [-1, 1, 0], atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 1000.0])
+def test_losses_beyond_the_dtype_stay_at_its_bound_and_keep_their_gradient(dtype, gamma):
+    largest = float(jnp.finfo(dtype).max)
+    logits = jnp.asarray([[largest, -largest, 0], [-largest, largest, 0], [0, 1, 0]], dtype)
+    errors = jnp.asarray([largest, 60000.0, 2.0], dtype)
+
+    @jax.jit
+    def value_and_grad(logits, errors):
+        def total(logits, errors):
+            right = losses.softmax_focal_loss(logits, jnp.zeros(3, int), gamma=gamma)
+            near = losses.regression_focal_loss(errors, gamma=gamma)
+            every = jnp.concatenate([right, near]).astype(jnp.float32)
+            return jnp.sum(every), (right, near)
+
+        return jax.grad(total, (0, 1), has_aux=True)(logits, errors)
+
+    (slopes, of_errors), (right, near) = value_and_grad(logits, errors)
+    for values in (slopes, of_errors, right, near):
+        assert values.dtype == dtype
+        assert np.isfinite(np.asarray(values, np.float32)).all()
+    # A loss of 2 × largest is beyond float16; in the others the logits stay at the root.
+    root = float(jnp.sqrt(jnp.finfo(jnp.float32).max))
+    expected = largest if dtype == jnp.float16 else 2 * root
+    np.testing.assert_allclose(np.asarray(right, np.float32)[:2], [0, expected], rtol=1e-2)
+    np.testing.assert_allclose(np.asarray(slopes[1], np.float32), [-1, 1, 0], atol=1e-6)
+    bound = largest if dtype == jnp.float16 else float(jnp.finfo(jnp.float32).max) / 2
+    np.testing.assert_allclose(np.asarray(near[0], np.float32), bound, rtol=1e-2)
+    np.testing.assert_allclose(np.asarray(of_errors, np.float32), np.full(3, 1000.0), rtol=1e-2)
 
 
 @pytest.mark.parametrize("logits", [[3.0], [3.0, -np.inf]], ids=["one class", "masked class"])

@@ -83,6 +83,13 @@ def test_mean_rank_by_hand(metrics, higher_is_better, expected):
         ([[5, -1], [1, 2], [np.nan, 9]], [0.0, 0.0], True, 2),  # outside, and no number
         ([[0.2, 0.9]], [0.5, 0.5], (False, True), 0.12),
         ([[1.0], [4.0]], [1.0], True, 3),
+        # Infinitely better than the reference in one task, and in another at least better.
+        ([[-np.inf, 1], [0, 0]], [2.0, 2.0], False, np.inf),
+        ([[1, np.inf], [2, np.inf]], [0.0, 0.0], True, np.inf),
+        ([[1, 1, 1], [np.inf, 1, 1], [np.inf, 1, 1]], [0.0, 0.0, 0.0], True, np.inf),
+        ([[-np.inf, 2], [0, 0]], [2.0, 2.0], False, 4),  # no better in the other
+        ([[np.inf, 0], [-np.inf, np.inf], [0, 0]], [2.0, 2.0], False, 4),
+        ([[1e30, 1e30, 1], [1e30, 1e30, 1]], [0.0, 0.0, 0.0], True, np.inf),  # beyond float32
         # Boxes 2x2x1, 1x2x2 and 2x1x2 share 1x1x1 in threes: 12 - (2 + 2 + 2) + 1.
         ([[2, 2, 1], [1, 2, 2], [2, 1, 2]], [0.0, 0.0, 0.0], True, 7),
     ],
@@ -124,6 +131,7 @@ def test_non_dominated_by_hand(points, higher_is_better, expected):
         ([[-3, -4]], [[0, 0]], {"plus": False}, 5.0),
         ([[-3, -4], [np.nan, 0]], [[0, 0]], {}, 5.0),
         ([[-3, 4]], [[0, 0]], {"higher_is_better": (True, False)}, 5.0),
+        (np.zeros((0, 2)), [[0, 0]], {}, np.inf),
     ],
 )
 def test_igd_by_hand(points, front, options, expected):
@@ -168,6 +176,12 @@ def test_affinity_of_quadratics_is_a_closed_form():
 
     with pytest.raises(ValueError, match=r"expected \(N, K\): solutions by their metrics"):
         non_dominated([1.0, 2.0])
+    # Of a negative loss, as of a log-likelihood: a step for a task lowers its own.
+    shifted = affinity(lambda w: [w**2 - 10, w**2], jnp.float32(1.0), learning_rate=0.1)
+    np.testing.assert_allclose(shifted, [[0.36 / 9, 0.36]] * 2, rtol=1e-5)
+
+    with pytest.raises(ValueError, match="the front has no points"):
+        igd([[1.0, 2.0]], np.zeros((0, 2)))
     with pytest.raises(ValueError, match=r"expected \(N, K\) and \(M, K\)"):
         igd([[1.0, 2.0]], [[0.0, 0.0, 0.0]])
     with pytest.raises(ValueError, match="got 1 points, expected at least 2"):

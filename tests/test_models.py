@@ -523,6 +523,12 @@ def test_a_smooth_step_gate_selects_at_most_k_experts():
     assert not np.any(grads["bits"]["kernel"][...])
 
 
+def test_a_single_expert_is_no_choice():
+    model = models.DSelectK(4, {"a": 2}, experts=4, num_experts=1, rngs=nnx.Rngs(0))
+    assert model.selector_entropy(X) == {"a": 0}
+    np.testing.assert_allclose(model.gate_weights(X)["a"], np.ones((5, 1)), rtol=1e-6)
+
+
 def test_branches_are_sampled_with_their_probabilities():
     model = fill(lambda: models.LTB(4, {"a": 2}, blocks=4, num_branches=2, rngs=nnx.Rngs(0)))
     model.reads["a"][...] = jnp.asarray([0.4, -0.4])
@@ -637,6 +643,60 @@ def test_modules_of_any_kind_may_be_encoder_experts_and_heads():
     assert any((m != 0).any() and (m != 1).any() for m in means)
 
 
+@pytest.mark.parametrize("difference", ["activation", "depth", "width", "constant"])
+def test_modules_of_one_function_may_differ(difference):
+    """What only their structure tells apart is not run as the first of them."""
+    made = []
+
+    def make(features, rngs):
+        odd, index = len(made) % 2, len(made)
+        sizes = (features, 5 if odd else 4, 4) if difference == "width" else (features, 4)
+        mlp = models.MLP(
+            (*sizes, 4) if odd and difference == "depth" else sizes,
+            activation=jnp.tanh if odd and difference == "activation" else nnx.relu,
+            activate_final=True,
+            rngs=rngs,
+        )
+        if difference == "constant":
+            mlp.activation = partial(jnp.add, float(index))
+        made.append(mlp)
+        return mlp
+
+    options = {"encoder": 4, "heads": {"a": lambda h: h, "b": lambda h: h}, "rngs": nnx.Rngs(0)}
+    mmoe = models.MMoE(experts=make, num_experts=3, **options)
+    weights = mmoe.gate_weights(X)["a"]
+    expected = sum(w[:, None] * np.asarray(m(X)) for w, m in zip(weights.T, made, strict=True))
+    assert_close(mmoe(X)["a"], expected)
+    made.clear()
+    cross = models.CrossStitch(blocks=(make, make), same=1.0, **options)
+    for task, first, second in zip("ab", made[:2], made[2:], strict=True):
+        assert_close(cross(X)[task], second(first(X)))
+    made.clear()
+    ple = models.PLE(experts=make, num_shared_experts=2, **options)
+    shared, own = made[:2], made[2]
+    weights = ple.gate_weights(X)["a"][0]
+    expected = sum(
+        w[:, None] * np.asarray(m(X)) for w, m in zip(weights.T, (own, *shared), strict=True)
+    )
+    assert_close(ple(X)["a"], expected)
+
+
+def test_modules_of_one_function_that_share_parameters_stay_tied():
+    rngs = nnx.Rngs(0)
+    tied = nnx.Linear(4, 4, rngs=rngs)
+
+    def make(_, rngs):
+        return nnx.Sequential(tied, nnx.Linear(4, 4, rngs=rngs))
+
+    model = models.MMoE(4, {"a": lambda h: h}, experts=make, num_experts=3, rngs=rngs)
+    assert count(model.experts) == 4 * 20
+    alike = models.MMoE(
+        4, {"a": lambda h: h}, experts=lambda f, r: nnx.Linear(f, 4, rngs=r), num_experts=3,
+        expert_features=4, rngs=rngs,
+    )  # fmt: skip
+    assert alike.experts.stack is not None
+
+
 def test_blocks_may_be_modules_of_any_kind():
     def outputs(cls, **options):
         rngs = nnx.Rngs(0)
@@ -704,6 +764,25 @@ def small(cls, heads=None, **kwargs):
     )
 
 
+def wide_gate(features, num_experts, rngs):
+    return nnx.Linear(features, num_experts + 1, rngs=rngs)
+
+
+def alternating(*widths):
+    """A factory of experts of one width after the other."""
+    rest = iter(widths)
+    return lambda features, rngs: nnx.Linear(features, next(rest), rngs=rngs)
+
+
+def read_wrongly(name):
+    """A model of which one head was built for features of another width."""
+    heads = HEADS | {"b": models.MLP((7, 4, 2), rngs=nnx.Rngs(0))}
+    if name == "hierarchical_hidden":  # whose factory above makes the heads itself
+        options = {"parents": {"a": "b"}, "feed": "hidden"}
+        return models.Hierarchical((4, 4), heads, rngs=nnx.Rngs(0), **options)(X)
+    return FACTORIES[name](heads=heads, rngs=nnx.Rngs(0))(X)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -724,6 +803,10 @@ def small(cls, heads=None, **kwargs):
         ),
         (lambda: small(models.Hierarchical, parents={"a": "a"}), "circle 'a' -> 'a'"),
         (lambda: small(models.Hierarchical, parents=["a"]), "parents is .* expected a dictionary"),
+        (
+            lambda: small(models.Hierarchical, parents={"a": None}),
+            "parents of task 'a' is None, expected the name of an easier task",
+        ),
         (lambda: small(models.Hierarchical, parents={}, feed="logits"), "feed is 'logits'"),
         (lambda: small(models.Hierarchical, depths={"z": 1}), "from some of the tasks"),
         (lambda: small(models.Hierarchical, depths={"a": 9}), "depth of task 'a' is 9, .* at most"),
@@ -752,6 +835,31 @@ def small(cls, heads=None, **kwargs):
             r"experts return shape \(4,\) .* batch shape \(5,\)",
         ),
         (lambda: small(models.MMoE, experts=[lambda x: x]), "pass it as `expert_features=`"),
+        (
+            lambda: small(
+                models.MMoE, experts=[lambda x: x, lambda x: x[:, :3]], expert_features=4
+            )(X),
+            r"number 1 of the experts returns shape \(5, 3\) and number 0 \(5, 4\)",
+        ),
+        (
+            lambda: small(models.MMoE, experts=4, num_experts=2, gate=wide_gate)(X),
+            r"gate of task 'a' returns shape \(5, 3\), expected \(\.\.\., 2\): one weight",
+        ),
+        (
+            lambda: models.PLE(
+                4, {"a": 2}, experts=alternating(4, 3), num_shared_experts=1, rngs=nnx.Rngs(0)
+            )(X),
+            r"experts of task 'a' return shape \(5, 3\) and shared ones \(5, 4\)",
+        ),
+        *[
+            (partial(read_wrongly, name), r"head of task 'b' reads width 7, and .* shape \(5, \d\)")
+            for name in FACTORIES
+        ],
+        (lambda: small(models.HardSharing, encoder=(3, 4))(X), r"MLP reads width 3, .* \(5, 4\)"),
+        (
+            lambda: small(models.HardSharing, encoder=lambda x: x, features=6)(X),
+            r"head of task 'a' reads width 6, and is given shape \(5, 4\)",
+        ),
         (lambda: small(models.PLE, experts=4, num_shared_experts=0), "shared experts is 0"),
         (lambda: small(models.PLE, experts=4, num_task_experts=0), "num_task_experts is 0"),
         (lambda: small(models.PLE, experts=4, num_levels=0), "num_levels is 0"),

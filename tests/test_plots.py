@@ -1,5 +1,7 @@
 """What the pictures show is what was recorded."""
 
+import collections
+import io
 import sys
 
 import matplotlib as mpl
@@ -117,8 +119,65 @@ def test_front_tells_the_dominated_apart_and_says_its_measures():
     ax = plots.front(losses | {"c": np.array([0.0, 0.0, 5.0])})
     assert [line.get_linestyle() for line in ax.lines] == ["-", "-", ":"]
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"expected \(N, K\) with K >= 2"):
-        plots.front({"a": [1.0, 2.0]})
+
+
+def test_front_takes_its_tasks_in_the_order_of_the_losses():
+    losses = {"z": jnp.array([1.0, 3.0]), "a": jnp.array([20.0, 10.0])}
+    # (30 - 20) × (4 - 1) + (20 - 10) × (4 - 3), the tasks in the order of JAX.
+    for reference in ([30.0, 4.0], {"z": 4.0, "a": 30.0}):
+        ax = plots.front(losses, reference=reference)
+        assert ax.get_title().startswith("2 of 2 on the front, hypervolume 40,")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "z")
+    assert_allclose(ax.collections[0].get_offsets(), [[20, 1], [10, 3]])
+    for true_front in ([[20.0, 1.0]], {"z": [1.0], "a": [20.0]}):
+        ax = plots.front(losses, true_front=true_front)
+        assert "IGD+ 0," in ax.get_title()
+        assert_allclose(ax.lines[0].get_xydata(), [[20, 1]])
+    kept = collections.OrderedDict(losses)
+    assert plots.front(kept, reference=[4.0, 30.0]).get_title().count("hypervolume 40")
+
+
+def test_front_says_what_does_not_fit():
+    losses = {"a": [1.0, 2.0], "b": [2.0, 1.0]}
+    for solutions in ({}, {"a": [1.0, 2.0]}):
+        with pytest.raises(ValueError, match=r"have the tasks .* expected 2 or more"):
+            plots.front(solutions)
+    with pytest.raises(ValueError, match=r"expected \(N, K\): a dict of K tasks"):
+        plots.front({"a": 1.0, "b": 2.0})
+    with pytest.raises(ValueError, match=r"shapes \{'a': \(2,\), 'b': \(1,\)\}, expected the same"):
+        plots.front(losses | {"b": [1.0]})
+    with pytest.raises(ValueError, match=r"reference has \['a', 'c'\], expected the tasks"):
+        plots.front(losses, reference={"a": 1.0, "c": 1.0})
+
+
+def test_a_run_that_diverged_is_not_on_the_front():
+    runs = {
+        "good": {"a": [2.0, 1.0], "b": [2.0, 2.0]},
+        "diverged": {"a": [2.0, np.nan], "b": [2.0, np.nan]},
+        "half": {"a": [2.0, 0.5], "b": [2.0, np.nan]},
+    }
+    ax = plots.pareto_plane(runs, ("a", "b"))
+    assert [line.get_markerfacecolor() == "white" for line in ax.lines] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", ["_aux", "$x_$", "a\\$b$", ""])
+def test_names_are_shown_as_they_are(name):
+    def shown(ax):
+        ax.figure.savefig(io.BytesIO())  # where Matplotlib would read a formula
+        return [label.get_text() for label in ax.get_legend().get_texts()]
+
+    runs = {name: {name: [1.0, 2.0], "b": [2.0, 1.0]}}
+    for labels in (
+        shown(plots.weights({f"weights/{name}": [1.0], "weights/b": [2.0]}))[:1],
+        shown(plots.pareto_plane(runs, (name, "b"))),
+    ):
+        assert [label.strip().replace("\\$", "$") for label in labels] == [name]
+    plain = plots.plain(name)
+    plots.cosines({f"cosine/{name}": [0.1, 0.2]}).figure.savefig(io.BytesIO())
+    plots.affinity([[1.0]], (name,)).figure.savefig(io.BytesIO())
+    ax = plots.front({name: [1.0, 2.0], "b": [2.0, 1.0]})
+    ax.figure.savefig(io.BytesIO())
+    assert plain in (ax.get_xlabel(), ax.get_ylabel())
 
 
 def test_second_link_is_drawn_by_its_field():
@@ -133,6 +192,10 @@ def test_mistakes_say_what_to_do(history):
         plots.weights({"weights/a": 1.0})
     with pytest.raises(ValueError, match=r"expected the tasks \['d'\] too"):
         plots.pareto_plane({"run": history}, ("a", "d"))
+    with pytest.raises(ValueError, match=r"run 'r' has the shapes \{'a': \(2,\), 'b': \(1,\)\}"):
+        plots.pareto_plane({"r": {"a": [2.0, 1.0], "b": [2.0]}}, ("a", "b"))
+    with pytest.raises(ValueError, match=r"expected \(T,\) for each, as many steps in both"):
+        plots.pareto_plane({"r": {"a": [[2.0, 1.0]], "b": [[2.0, 1.0]]}}, ("a", "b"))
     with pytest.raises(ValueError, match="no runs"):
         plots.pareto_plane({}, ("a", "b"))
 

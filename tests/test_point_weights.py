@@ -144,6 +144,7 @@ def test_causal_weights_wait_for_what_comes_before():
     assert_allclose(losses.causal_weights([1, 2, 3]), np.exp([0.0, -1.0, -3.0]), rtol=1e-6)
     narrow = jnp.full(400, 2.0**-7, jnp.bfloat16)
     assert_allclose(losses.causal_weights(narrow)[-1], np.exp(-399 * 2.0**-7), rtol=2.0**-8)
+    assert losses.causal_weights(chunks[1], tolerance=0.0).tolist() == [1, 1, 1]
     # Constants under differentiation.
     slope = jax.grad(lambda c: jnp.sum(losses.causal_weights(c, tolerance=2.0) * c))(chunks[0])
     assert_allclose(slope, got[0], rtol=1e-6)
@@ -152,9 +153,19 @@ def test_causal_weights_wait_for_what_comes_before():
 def test_mistakes_say_what_is_wrong():
     with pytest.raises(TypeError, match="residuals have dtype int32, expected floating"):
         losses.rba().update(jnp.ones(2, int), losses.rba().init(jnp.ones(2)))
-    with pytest.raises(ValueError, match=r"decay=1\.5, expected from 0 to 1"):
+    with pytest.raises(ValueError, match=r"decay=1\.5, expected in \[0, 1\]"):
         losses.rba(decay=1.5)
     with pytest.raises(ValueError, match="residual_decay=1, expected in \\[0, 1\\)"):
         losses.brdr(residual_decay=1)
+    residuals = {"bc": jnp.ones(2), "pde": jnp.ones(3)}
+    for make in (losses.rba, losses.self_adaptive):
+        for initial in ({"pde": 1.0}, jnp.ones(3), {"bc": jnp.ones(3), "pde": 1.0}, [1.0, 1.0]):
+            expected = r"expected \{'bc': \(2,\), 'pde': \(3,\)\}, those of the residuals"
+            with pytest.raises(ValueError, match=expected):
+                make(initial=initial).init(residuals)
+    start = losses.rba(initial={"bc": 2.0, "pde": jnp.arange(3.0)}).init(residuals).multipliers
+    assert jax.tree.map(lambda m: m.tolist(), start) == {"bc": [2.0, 2.0], "pde": [0.0, 1.0, 2.0]}
+    with pytest.raises(ValueError, match=r"tolerance=-1\.0, expected at least 0"):
+        losses.causal_weights(jnp.ones(2), tolerance=-1.0)
     with pytest.raises(ValueError, match=r"losses is a scalar, expected \(\.\.\., C\)"):
         losses.causal_weights(0.3)

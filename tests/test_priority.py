@@ -35,8 +35,9 @@ def test_finite_at_the_ends(gamma):
     # The largest number below 1 of a narrow type is further from it than the ends are.
     narrow = ends[1].astype(jnp.bfloat16)
     assert np.isfinite(jax.grad(lambda k: task_priority(k, gamma))(narrow))
-    with pytest.raises(ValueError, match="gamma=-1"):
-        task_priority(0.5, -1.0)
+    for wrong in (-1.0, np.nan):
+        with pytest.raises(ValueError, match=f"gamma={wrong}, expected at least 0"):
+            task_priority(0.5, wrong)
 
 
 def test_indicators_count():
@@ -63,3 +64,7 @@ def test_mistakes_are_named():
         share_within(jnp.ones(2), 0.0)
     with pytest.raises(ValueError, match="softness=-1"):
         share_within(jnp.ones(2), 1.0, softness=-1.0)
+    with pytest.raises(TypeError, match="softness is traced, expected a Python number"):
+        jax.jit(lambda s: share_within(jnp.ones(2), 1.0, softness=s))(0.1)
+    with pytest.raises(TypeError, match="soft is traced"):
+        jax.jit(lambda s: accuracy(jnp.ones((2, 3)), jnp.zeros(2, int), soft=s))(True)

@@ -50,7 +50,10 @@ def hypervolume_gradient(
       Update scale: mean-like; heads are weighted too.
 
     Raises:
-      ValueError: if `num_tasks` < 1, the losses are not K, or the models are not stacked.
+      TypeError: if `num_tasks` is no Python int or `normalize` no bool; by `update`, if it got no
+        Jacobian, or `present` is not of bools.
+      ValueError: if `num_tasks` < 1; by `init` and `update`, if the models are not stacked; by
+        `update`, if the losses are not K or `reference` does not fit them.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -49,8 +49,10 @@ def moo_svgd(
       ``jax.vmap(mtl.value_and_jac(loss_fn))(params)``, to n gradients. Update scale: free.
 
     Raises:
-      ValueError: if `num_tasks` < 1, `bandwidth` <= 0, `repulsion` < 0, the losses are not K, or
-        the models are not stacked.
+      TypeError: if `num_tasks` is no Python int; by `update`, if it got no Jacobian, or `present`
+        is not of bools.
+      ValueError: if `num_tasks` < 1, `bandwidth` is not above 0 or `repulsion` not at least 0; by
+        `init` and `update`, if the models are not stacked; by `update`, if the losses are not K.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax.jacobian._rows import mix
+from mtl_optax.links import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -30,6 +31,10 @@ def with_preference(
     Returns:
       ``(..., D + K)``, in the type of the inputs, if that is floating.
 
+    Raises:
+      ValueError: if there is no axis of features or of tasks, or the inputs and the preferences are
+        not as many.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import mtl_optax as mtl
@@ -42,9 +47,15 @@ def with_preference(
     """
     x, preference = jnp.asarray(x), jnp.asarray(preference)
     x = x.astype(jnp.result_type(float, x))  # shares are no integers
-    shape = (*x.shape[:-1], preference.shape[-1])
-    behind = jnp.broadcast_to(preference.astype(x.dtype), shape)
-    return jnp.concatenate([x, behind], axis=-1)
+    try:
+        shape = (*x.shape[:-1], preference.shape[-1])
+        behind = jnp.broadcast_to(preference.astype(x.dtype), shape)
+        return jnp.concatenate([x, behind], axis=-1)
+    except (IndexError, ValueError):
+        raise ValueError(
+            f"the inputs have shape {x.shape} and the preference {preference.shape}, expected "
+            "(..., D), and (K,) for all of them or (..., K), one each"
+        ) from None
 
 
 def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
@@ -65,7 +76,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
       Parameters of one model.
 
     Raises:
-      ValueError: if a leaf does not have K members.
+      ValueError: if the preference is not `(K,)`, or a leaf does not have K members.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -79,6 +90,8 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
       ensembles of single-task models <https://arxiv.org/abs/2210.09759>`_, ICML 2023.
     """
     preference = jnp.asarray(preference)
+    if preference.ndim != 1:
+        raise ValueError(f"the preference has shape {preference.shape}, expected (K,)")
 
     def mixed(leaf):
         if jnp.shape(leaf)[:1] != preference.shape:
@@ -101,22 +114,24 @@ def ordering_penalty(
 ) -> Float[Array, " K"]:
     r"""What is paid where a model that prefers a task more has a larger loss in it (PaMaL).
 
-    .. math:: R_k = \log \frac{1}{M - 1} \sum_{m=1}^{M-1}
-              \exp\big(\tau \max(L_k^{(m+1)} - L_k^{(m)}, 0)\big)
+    .. math:: R_k = \log \frac{1}{|E_k|} \sum_{(m, n) \in E_k}
+              \exp\big(\tau \max(L_k^{(n)} - L_k^{(m)}, 0)\big)
 
-    with the M models in the order in which their preference of task k rises; 0 where no loss does.
-    Add it to the losses, each task's to its own, times a coefficient.
+    with :math:`E_k` the pairs of models of which n has the next larger preference of task k after
+    m: M - 1 neighbours, if no two are equal. Models of equal preferences are not held against each
+    other. It is 0 where no loss rises. Add it to the losses, each task's to its own, times a
+    coefficient.
 
     Args:
       preferences: ``(M, K)``, M >= 2.
       losses: of the M models, ``(M, K)``.
-      temperature: τ, in one over the unit of the losses.
+      temperature: τ, in one over the unit of the losses, >= 0.
 
     Returns:
       ``(K,)``, at least 0.
 
     Raises:
-      ValueError: if the shapes don't fit, or M < 2.
+      ValueError: if the shapes don't fit, M < 2, or `temperature` is not at least 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -126,16 +141,27 @@ def ordering_penalty(
       >>> [round(r, 4) for r in penalty.tolist()]
       [0.4, 0.0]
 
+    Differs from:
+      The authors' code, which keeps the last one of models with equal preferences, and puts the
+      models in the falling order of their preferences before it takes the rises.
+
     References:
       As of `interpolate`.
     """
+    check_option("temperature", temperature, lambda t: t >= 0, "at least 0")
     preferences, losses = jnp.asarray(preferences), jnp.asarray(losses)
     if losses.ndim != 2 or preferences.shape != losses.shape or len(losses) < 2:
         raise ValueError(
             f"preferences have shape {preferences.shape} and losses {losses.shape}, expected "
             "(M, K) for both, with M >= 2"
         )
-    in_order = jnp.take_along_axis(losses, jnp.argsort(preferences, axis=0), axis=0)
-    rises = jnp.maximum(jnp.diff(in_order, axis=0), 0)
-    mean = jax.nn.logsumexp(temperature * rises, axis=0) - jnp.log(len(losses) - 1)
+    order = jnp.argsort(preferences, axis=0)
+    preferred, losses = (jnp.take_along_axis(x, order, axis=0) for x in (preferences, losses))
+    steps = jnp.cumsum(jnp.diff(preferred, axis=0) > 0, axis=0)
+    rank = jnp.concatenate([jnp.zeros_like(steps[:1]), steps])  # alike for equal preferences
+    pairs = rank[None] == rank[:, None] + 1
+    rises = jnp.where(pairs, jnp.maximum(losses[None] - losses[:, None], 0), 0)
+    pairs |= ~jnp.any(pairs, axis=(0, 1), keepdims=True)  # none: the mean of zeros
+    powers = jnp.where(pairs, temperature * rises, -jnp.inf)
+    mean = jax.nn.logsumexp(powers, axis=(0, 1)) - jnp.log(jnp.sum(pairs, axis=(0, 1)))
     return jnp.maximum(mean, 0)

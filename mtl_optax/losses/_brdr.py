@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide
 from mtl_optax.links import BELOW_ONE, check_option
-from mtl_optax.losses._points import PointWeights, conform, sizes, start
+from mtl_optax.losses._points import PointWeights, in_types_of, sizes, start
 
 
 class BrdrState(NamedTuple):
@@ -38,7 +38,9 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
       Two functions, `init` and `update`.
 
     Raises:
-      ValueError: if a decay is not in [0, 1).
+      TypeError: by `update`, if the residuals are not floating.
+      ValueError: if a decay is not in [0, 1); by `update`, if the residuals have other shapes than
+        `init` saw.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -85,6 +87,6 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
             state.weights,
             rates,
         )
-        return conform(weights, residuals), BrdrState(weights, squares, count)
+        return in_types_of(residuals, weights), BrdrState(weights, squares, count)
 
     return PointWeights(init, update)

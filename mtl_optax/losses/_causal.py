@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import wide
+from mtl_optax.links import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -29,13 +30,13 @@ def causal_weights(
       losses: the mean squared residual of each stretch, in the order of time, `(..., C)`. Of points
         that are sorted by time it is `jnp.mean(residuals.reshape(C, -1) ** 2, axis=1)`. The loss of
         the initial condition may stand first.
-      tolerance: ε, in one over the unit of the losses; larger waits longer.
+      tolerance: ε, in one over the unit of the losses, >= 0; larger waits longer, 0 not at all.
 
     Returns:
       `(..., C)`, in the type of the losses, if that is floating.
 
     Raises:
-      ValueError: if the losses are a scalar.
+      ValueError: if the losses are a scalar, or `tolerance` is not at least 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -48,11 +49,13 @@ def causal_weights(
       Wang, Sankaran and Perdikaris, `Respecting causality is all you need for training
       physics-informed neural networks <https://arxiv.org/abs/2203.07404>`_, 2022.
     """
-    losses = jnp.asarray(losses)
+    check_option("tolerance", tolerance, lambda t: t >= 0, "at least 0")
+    losses, tolerance = jnp.asarray(losses), jnp.asarray(tolerance)
     losses = jax.lax.stop_gradient(losses.astype(jnp.result_type(float, losses)))
     if losses.ndim == 0:
         raise ValueError("losses is a scalar, expected (..., C): one loss a stretch of time")
     before = jnp.cumsum(losses[..., :-1], axis=-1, dtype=wide(losses.dtype))
     zero = jnp.zeros_like(losses[..., :1], before.dtype)
     before = jnp.concatenate([zero, before], axis=-1)  # exclusive, without inf - inf
-    return jnp.exp(-jnp.asarray(tolerance) * before).astype(losses.dtype)
+    waits = jnp.where(tolerance > 0, tolerance * before, 0)  # also for what is infinite
+    return jnp.exp(-waits).astype(losses.dtype)

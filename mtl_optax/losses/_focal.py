@@ -32,9 +32,11 @@ def softmax_focal_loss(
     .. math:: \ell = -\alpha_y (1 - p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(\text{logits})
 
     With ``gamma=0`` and ``alpha=1`` this is exactly
-    `optax.losses.softmax_cross_entropy_with_integer_labels`. For independent binary labels use
-    `optax.losses.sigmoid_focal_loss`. Values and gradients are finite for every finite logit and
-    every ``gamma >= 0``: the weight is computed from log(1 - p) in at least float32.
+    `optax.losses.softmax_cross_entropy_with_integer_labels` in at least float32. For independent
+    binary labels use `optax.losses.sigmoid_focal_loss`. Values and gradients are finite for every
+    finite logit, with ``gamma`` and ``alpha`` up to 1000: the weight is computed from log(1 - p),
+    and where a loss is beyond the dtype of the logits, or a logit beyond 1e19 (the root of the
+    range of float32), its value stays at that bound while its gradient goes on.
 
     Args:
       logits: unnormalised log-probabilities, floating, shape ``(..., C)``.
@@ -67,22 +69,24 @@ def softmax_focal_loss(
     _check_classification(logits, labels, alpha)
     gamma = _check_gamma(gamma)
 
-    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-
     # As a binary problem, label against the rest: p = sigmoid(-margin), so log(1 - p) is a
     # log-sigmoid, which neither cancels at p -> 0 nor overflows at p -> 1. The label's own logit
-    # is masked by the smallest finite number, since with -inf a single class has NaN gradients.
+    # is masked by a number below all others, since with -inf a single class has NaN gradients.
+    # Of logits up to the root of the range, differences times gamma are within it.
     scores = logits.astype(wide(logits.dtype))
+    lowest, largest = jnp.finfo(scores.dtype).min, jnp.finfo(scores.dtype).max
+    scores = _bounded(scores, jnp.sqrt(largest))
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels(scores, labels)
     index = jnp.expand_dims(labels, -1)
     classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    rest = jnp.where(classes == index.astype(jnp.int32), jnp.finfo(scores.dtype).min, scores)
+    rest = jnp.where(classes == index.astype(jnp.int32), lowest, scores)
     label_logit = jnp.take_along_axis(scores, index, axis=-1).squeeze(-1)
     margin = jax.nn.logsumexp(rest, axis=-1) - label_logit
     weight = jnp.exp(gamma.astype(scores.dtype) * jax.nn.log_sigmoid(margin))
 
-    alpha = alpha.astype(logits.dtype)
+    alpha = alpha.astype(scores.dtype)
     alpha = alpha if alpha.ndim == 0 else jnp.take(alpha, labels)
-    return alpha * weight.astype(logits.dtype) * cross_entropy
+    return _narrowed(alpha * weight * cross_entropy, logits.dtype)
 
 
 def regression_focal_loss(
@@ -99,7 +103,9 @@ def regression_focal_loss(
 
     A usual e is ``(prediction - target) / tolerance``, where an error of one tolerance is as bad as
     it gets. The logarithm has an unbounded slope at e = 1; from e = 0.999 on its tangent takes
-    over, so that values and gradients are finite and even the worst examples keep a gradient.
+    over, so that values and gradients are finite for every finite error and even the worst examples
+    keep a gradient. Where a loss is beyond the dtype of the errors, its value stays at the largest
+    number of that while its gradient goes on. Another base has to be finite by itself.
 
     Args:
       errors: normalised errors, floating, any shape. The sign is ignored.
@@ -152,19 +158,34 @@ def regression_focal_loss(
             "same shape: it must not reduce"
         )
     # The slope of e**gamma at 0 is infinite for gamma < 1, but the product with b is flat there:
-    # the inner `where` keeps 0 * inf out of the gradient.
+    # the inner `where` keeps 0 * inf out of the gradient, there and where b is large.
     gamma = gamma.astype(sizes.dtype)
     positive = sizes > 0
-    weight = jnp.minimum(jnp.where(positive, sizes, 1.0), 1.0) ** gamma
+    weight = jnp.where(positive & (sizes < 1), sizes, 1.0) ** gamma
     weight = jnp.where(positive, weight, jnp.where(gamma == 0, 1.0, 0.0))
-    return (weight * values).astype(errors.dtype)
+    return _narrowed(weight * values, errors.dtype)
 
 
 def _negative_log_complement(errors: jax.Array) -> jax.Array:
     """-log(1 - e), continued by its tangent near e = 1."""
     slope = 1.0 / (1.0 - _LINEAR_FROM)
     inside = -jnp.log1p(-jnp.minimum(errors, _LINEAR_FROM))
+    errors = _bounded(errors, jnp.asarray(jnp.finfo(errors.dtype).max / (2 * slope)))
     return inside + slope * jnp.maximum(errors - _LINEAR_FROM, 0.0)
+
+
+def _bounded(x: jax.Array, largest: jax.Array) -> jax.Array:
+    """Finite numbers kept within ± `largest`, with the slope 1 also beyond; others as they are."""
+    finite = jnp.isfinite(x)
+    value = jnp.where(finite, jnp.clip(x, -largest, largest), x)
+    # Nothing but a slope, of a number that is not infinite.
+    slope = jnp.where(finite, x - jax.lax.stop_gradient(x), 0)
+    return jax.lax.stop_gradient(value) + slope
+
+
+def _narrowed(losses: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Losses in the dtype of the input, of which the largest number stands for what is beyond."""
+    return _bounded(losses, jnp.asarray(jnp.finfo(dtype).max, losses.dtype)).astype(dtype)
 
 
 def _check_gamma(gamma: ArrayLike) -> jax.Array:

@@ -55,12 +55,35 @@ def sizes(residuals: Any, like: Any) -> Any:
 
 def start(residuals: Any, value: Any) -> Any:
     """A state shaped as the residuals: one value for all points, or a tree of them."""
-    full = lambda r, v: jnp.broadcast_to(v, jnp.shape(r)).astype(wide(jnp.result_type(r)))  # noqa: E731
-    if jax.tree.structure(value) == jax.tree.structure(residuals):
-        return jax.tree.map(full, residuals, value)
-    return jax.tree.map(lambda r: full(r, value), residuals)
+    structure = jax.tree.structure(residuals)
+    if jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
+        value = jax.tree.map(lambda _: value, residuals)
+    shapes = jax.tree.map(jnp.shape, residuals)
+    given = jax.tree.map(jnp.shape, value)
+    fits = jax.tree.structure(value) == structure and all(
+        _spreads(jnp.shape(v), jnp.shape(r))
+        for v, r in zip(jax.tree.leaves(value), jax.tree.leaves(residuals), strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"initial has the shapes {given}, expected {shapes}, those of the residuals, or one "
+            "number for all points"
+        )
+
+    def full(r, v):
+        return jnp.broadcast_to(v, jnp.shape(r)).astype(wide(jnp.result_type(r)))
+
+    return jax.tree.map(full, residuals, value)
 
 
-def conform(weights: Any, residuals: Any) -> Any:
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether an array broadcasts to a shape."""
+    try:
+        return jnp.broadcast_shapes(shape, over) == over
+    except ValueError:
+        return False
+
+
+def in_types_of(residuals: Any, weights: Any) -> Any:
     """The weights in the types of the residuals."""
     return jax.tree.map(lambda w, r: w.astype(jnp.asarray(r).dtype), weights, residuals)

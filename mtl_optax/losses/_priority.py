@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import focal, wide
-from mtl_optax.links import check_option
+from mtl_optax.links import check_option, is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -35,7 +35,7 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
       The priority, of the shape of `kpi`: from 0 for a solved task to about 14 for a hopeless one.
 
     Raises:
-      ValueError: if `gamma` < 0.
+      ValueError: if `gamma` is not at least 0.
 
     Examples:
       A task's loss L = -log p and its KPI p, the probability of the right answer:
@@ -50,7 +50,7 @@ def task_priority(kpi: ArrayLike, gamma: ArrayLike = 1.0) -> Float[Array, "*shap
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
       <https://doi.org/10.1007/978-3-030-01270-0_17>`_, 2018, eqs. 4-6.
     """
-    check_option("gamma", gamma, lambda g: g >= 0, "at least 0")
+    check_option("gamma", gamma, lambda g: g >= 0, "at least 0", each=True)
     kpi, gamma = jnp.asarray(kpi, jnp.result_type(float, kpi)), jnp.asarray(gamma)
     # A narrower type has no number so near to 1.
     exact = kpi.astype(wide(kpi.dtype))
@@ -65,12 +65,13 @@ def accuracy(
     Args:
       logits: `(..., C)`.
       labels: the right class of each example, integers from 0 to C - 1, `(...)`.
-      soft: whether to average the probability of the label instead, which has a gradient.
+      soft: whether to average the probability of the label instead, which has a gradient; static.
 
     Returns:
       A number in [0, 1], at least float32.
 
     Raises:
+      TypeError: if `soft` is traced.
       ValueError: if `labels` are not integers of shape `logits.shape[:-1]`.
 
     Examples:
@@ -82,6 +83,7 @@ def accuracy(
       >>> round(kpi.item(), 4), round(soft.item(), 4)
       (0.6667, 0.5531)
     """
+    _check_static("soft", soft)
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -104,13 +106,14 @@ def share_within(
       errors: predictions less targets, any shape and sign.
       tolerance: the largest error that counts as right, > 0, in the same unit.
       softness: the width in that unit over which an error stops counting, >= 0; 0 counts, more has
-        a gradient: the mean of a sigmoid.
+        a gradient: the mean of a sigmoid; static.
 
     Returns:
       A number in [0, 1], at least float32.
 
     Raises:
-      ValueError: if `tolerance` is not above 0 or `softness` < 0.
+      TypeError: if `softness` is traced.
+      ValueError: if `tolerance` is not above 0 or `softness` not at least 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -121,9 +124,18 @@ def share_within(
       >>> round(kpi.item(), 4), round(soft.item(), 4)
       (0.6667, 0.6209)
     """
+    _check_static("softness", softness)
     unit = "in the unit of the errors"
-    check_option("tolerance", tolerance, lambda t: t > 0, f"more than 0, {unit}")
+    check_option("tolerance", tolerance, lambda t: t > 0, f"more than 0, {unit}", each=True)
     check_option("softness", softness, lambda s: s >= 0, f"at least 0, {unit}")
     errors, tolerance = jnp.asarray(errors), jnp.asarray(tolerance)
     room = tolerance - jnp.abs(errors.astype(wide(jnp.result_type(float, errors))))
     return jnp.mean(jax.nn.sigmoid(room / softness) if softness else (room >= 0).astype(room.dtype))
+
+
+def _check_static(name: str, value: float) -> None:
+    if is_traced(value):
+        raise TypeError(
+            f"{name} is traced, expected a Python number: whether it is 0 shapes the program, so "
+            "close over it, or name it in static_argnames of jax.jit"
+        )

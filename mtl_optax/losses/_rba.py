@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide
-from mtl_optax.links import check_option
-from mtl_optax.losses._points import PointWeights, conform, sizes, start
+from mtl_optax.links import UP_TO_ONE, check_option
+from mtl_optax.losses._points import PointWeights, in_types_of, sizes, start
 
 
 class RbaState(NamedTuple):
@@ -38,7 +38,9 @@ def rba(
       Two functions, `init` and `update`.
 
     Raises:
-      ValueError: if `decay` or `learning_rate` is out of range.
+      TypeError: by `update`, if the residuals are not floating.
+      ValueError: if `decay` or `learning_rate` is out of range; by `init`, if `initial` does not
+        fit the residuals; by `update`, if they have other shapes than `init` saw.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -57,7 +59,7 @@ def rba(
       Anagnostopoulos et al., `Residual-based attention in physics-informed neural networks
       <https://arxiv.org/abs/2307.00379>`_, 2023, algorithm 1.
     """
-    check_option("decay", decay, lambda d: (d >= 0) & (d <= 1), "from 0 to 1")
+    check_option("decay", decay, *UP_TO_ONE)
     check_option("learning_rate", learning_rate, lambda r: r > 0, "more than 0")
 
     def init(residuals):
@@ -69,7 +71,7 @@ def rba(
             return (decay * multiplier + learning_rate * relative).astype(multiplier.dtype)
 
         multipliers = jax.tree.map(step, state.multipliers, sizes(residuals, state.multipliers))
-        weights = conform(jax.tree.map(jnp.square, multipliers), residuals)
+        weights = in_types_of(residuals, jax.tree.map(jnp.square, multipliers))
         return weights, RbaState(multipliers)
 
     return PointWeights(init, update)

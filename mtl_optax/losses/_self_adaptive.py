@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.losses._points import PointWeights, conform, sizes, start
+from mtl_optax.losses._points import PointWeights, in_types_of, sizes, start
 
 # An optimizer such as Adam squares the gradient, of squares, and an infinite average is infinite
 # for good.
@@ -45,6 +45,11 @@ def self_adaptive(
     Returns:
       Two functions, `init` and `update`.
 
+    Raises:
+      TypeError: by `update`, if the residuals are not floating.
+      ValueError: by `init`, if `initial` does not fit the residuals; by `update`, if they have
+        other shapes than `init` saw.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> import mtl_optax as mtl
@@ -77,6 +82,6 @@ def self_adaptive(
         (down,) = slope(jax.tree.map(lambda s: -(s**2) / s.size, bounded))
         steps, opt_state = opt.update(down, state.opt_state, state.multipliers)
         multipliers = optax.apply_updates(state.multipliers, steps)
-        return conform(weights, residuals), SelfAdaptiveState(multipliers, opt_state)
+        return in_types_of(residuals, weights), SelfAdaptiveState(multipliers, opt_state)
 
     return PointWeights(init, update)

@@ -26,7 +26,8 @@ class MLP(nnx.Module):
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: if a size is not a positive integer, or there is none.
+      ValueError: if a size is not a positive integer, or there is none; and when called, if the
+        last axis of the input is not the first size.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -61,6 +62,8 @@ class MLP(nnx.Module):
 
     def hidden(self, x: jax.Array) -> jax.Array:
         """Features before the last layer, shape ``(..., hidden_features)``."""
+        if self.layers:
+            check_width("an MLP", self.in_features, x)
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return x
@@ -125,12 +128,12 @@ class Builder:
     def width(module: Any, given: int | None = None) -> int | None:
         """Output width of a module: as given, or read off the module."""
         if given is not None:
-            return check_count(given, "features")
+            return positive_integer(given, "features")
         width = getattr(module, "out_features", None)
         return width if isinstance(width, int) else None
 
 
-def task_names(heads: Mapping[str, Any]) -> tuple[str, ...]:
+def names_of_heads(heads: Mapping[str, Any]) -> tuple[str, ...]:
     """The task names of ``heads``, sorted, as JAX sorts the keys of a dictionary."""
     if not isinstance(heads, Mapping) or not heads:
         raise ValueError(
@@ -149,10 +152,10 @@ def is_layer(value: Any) -> TypeGuard[Layer]:
     return callable(value) or isinstance(value, nnx.Module)
 
 
-def check_count(value: Any, what: str, *, least: int = 1) -> int:
-    """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{what} is {value!r}, expected an integer >= {least}")
+def positive_integer(value: Any, what: str) -> int:
+    """A size or a number of parts."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{what} is {value!r}, expected an integer >= 1")
     return int(value)
 
 
@@ -165,7 +168,7 @@ def check_sizes(sizes: Any, what: str) -> tuple[int, ...]:
             f"{what} is {sizes!r}, expected layer sizes, such as (16, 1), or a module that can be "
             "called"
         )
-    return tuple(check_count(size, f"a layer size of {what}") for size in sizes)
+    return tuple(positive_integer(size, f"a layer size of {what}") for size in sizes)
 
 
 def require_width(features: int | None, why: str, option: str = "features") -> int:
@@ -176,3 +179,22 @@ def require_width(features: int | None, why: str, option: str = "features") -> i
             "the module before it an `out_features` attribute"
         )
     return features
+
+
+def check_width(what: str, width: int, x: Any) -> None:
+    """Raises where Dense layers of one width are given another, which JAX says namelessly."""
+    if jnp.shape(x)[-1:] != (width,):
+        raise ValueError(
+            f"{what} reads width {width}, and is given shape {jnp.shape(x)}: build it for that "
+            "last axis, or, where it is made from sizes, correct what is passed as `features`, "
+            "`expert_features` or `block_features`"
+        )
+
+
+def read(heads: Mapping[str, Any], task: str, features: Any) -> Any:
+    """What the head of a task makes of its features."""
+    head = heads[task]
+    # Of other modules it is unknown what axis an attribute `in_features` is about.
+    if type(head) in (MLP, nnx.Linear):
+        check_width(f"the head of task {task!r}", head.in_features, features)
+    return head(features)

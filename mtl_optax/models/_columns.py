@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtl_optax.models._base import Builder, Layer, Sizes, require_width, task_names
+from mtl_optax.models._base import Builder, Layer, Sizes, names_of_heads, read, require_width
 from mtl_optax.models._experts import ExpertFactory, Experts
 
 Block: TypeAlias = Sizes | ExpertFactory | Sequence[nnx.Module]
@@ -38,7 +38,7 @@ class Columns(nnx.Module):
         block_features: int | None,
         build: Builder,
     ):
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         self.encoder, width = build.encoder(encoder, features)
         levels = []
         for index, block in enumerate(split_blocks(blocks)):
@@ -62,8 +62,8 @@ class Columns(nnx.Module):
         """Outputs of all tasks, from the encoder's features and the weights of the mixtures."""
         outputs = self.blocks[0](features)
         for blocks, weights in zip(self.blocks[1:], mixtures, strict=True):
-            outputs = blocks.each(_blend(weights, outputs))
-        return {task: self.heads[task](_blend(reads[task], outputs)) for task in self.tasks}
+            outputs = blocks.each(_mixed(weights, outputs))
+        return {task: read(self.heads, task, _mixed(reads[task], outputs)) for task in self.tasks}
 
 
 def split_blocks(blocks: Any) -> tuple[Any, ...]:
@@ -75,6 +75,6 @@ def split_blocks(blocks: Any) -> tuple[Any, ...]:
     return tuple(blocks)
 
 
-def _blend(weights: jax.Array, outputs: jax.Array) -> jax.Array:
+def _mixed(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     """Weighted sums over columns: weights ``(*rows, columns)``, outputs ``(columns, ...)``."""
     return jnp.tensordot(weights.astype(outputs.dtype), outputs, axes=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtl_optax.models._base import Activation, Builder, Layer, Sizes, task_names
+from mtl_optax.models._base import Activation, Builder, Layer, Sizes, names_of_heads
 from mtl_optax.models._columns import Block, Columns
 
 
@@ -74,7 +74,7 @@ class CrossStitch(Columns):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        num_tasks = len(task_names(heads))
+        num_tasks = len(names_of_heads(heads))
         other = (1 - same) / max(num_tasks - 1, 1)
         alpha = jnp.where(jnp.eye(num_tasks, dtype=bool), same if num_tasks > 1 else 1.0, other)
         build = Builder(activation, dtype, param_dtype, rngs)

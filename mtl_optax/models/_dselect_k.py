@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtl_optax.models._base import Layer, Sizes, check_count
-from mtl_optax.models._experts import at_least_float32, softmax
+from mtl_optax._numerics import wide
+from mtl_optax.models._base import Layer, Sizes, positive_integer
+from mtl_optax.models._experts import softmax
 from mtl_optax.models._mmoe import MMoE
 
 
@@ -103,11 +104,11 @@ class SmoothStepGate(nnx.Module):
         **options: Any,
     ):
         self.num_experts = num_experts
-        self.num_selected = check_count(num_selected, "num_selected")
+        self.num_selected = positive_integer(num_selected, "num_selected")
         if not gamma > 0:
             raise ValueError(f"gamma is {gamma}, expected a positive width of the smooth step")
         self.gamma = gamma
-        self.num_bits = max((num_experts - 1).bit_length(), 1)
+        self.num_bits = (num_experts - 1).bit_length()
 
         def linear(width: int, scale: float) -> nnx.Linear:
             # Small, as the authors' are: a bit that starts saturated has no gradient.
@@ -116,7 +117,9 @@ class SmoothStepGate(nnx.Module):
                 features, width, kernel_init=init, bias_init=init, rngs=rngs, **options
             )
 
-        self.bits = linear(self.num_selected * self.num_bits, gamma / 100)
+        # A single expert is chosen by no bit.
+        width = self.num_selected * self.num_bits
+        self.bits = linear(width, gamma / 100) if width else None
         self.scores = linear(self.num_selected, 0.05)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -134,7 +137,10 @@ class SmoothStepGate(nnx.Module):
 
     def _selectors(self, x: jax.Array) -> jax.Array:
         """Weights of the codes for each selector, shape ``(..., num_selected, 2**num_bits)``."""
-        logits = at_least_float32(self.bits(x)) / self.gamma
+        if self.bits is None:
+            return jnp.ones((*x.shape[:-1], self.num_selected, 1), wide(x.dtype))
+        logits = self.bits(x)
+        logits = logits.astype(wide(logits.dtype)) / self.gamma
         t = jnp.clip(logits.reshape(*x.shape[:-1], self.num_selected, 1, self.num_bits), -0.5, 0.5)
         one = 0.5 + 1.5 * t - 2 * t**3
         is_one = jnp.arange(2**self.num_bits)[:, None] >> jnp.arange(self.num_bits)[None] & 1

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtl_optax.models._base import Activation, Builder, Layer, Sizes, task_names
+from mtl_optax.models._base import Activation, Builder, Layer, Sizes, names_of_heads, read
 
 
 class HardSharing(nnx.Module):
@@ -32,7 +32,8 @@ class HardSharing(nnx.Module):
 
     Raises:
       ValueError: if there is no head, a task name is not a non-empty string, a size is not a
-        positive integer, or ``features`` is needed and missing.
+        positive integer, or ``features`` is needed and missing; and when called, if a head reads
+        features of another width than it is given.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -58,11 +59,11 @@ class HardSharing(nnx.Module):
         rngs: nnx.Rngs,
     ):
         build = Builder(activation, dtype, param_dtype, rngs)
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         self.encoder, width = build.encoder(encoder, features)
         self.heads = nnx.data({k: build.head(k, heads[k], width) for k in self.tasks})
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """Outputs of all tasks; what follows ``x`` goes to the encoder."""
         hidden = self.encoder(x, *args, **kwargs)
-        return {task: self.heads[task](hidden) for task in self.tasks}
+        return {task: read(self.heads, task, hidden) for task in self.tasks}

@@ -1,6 +1,6 @@
 """Task hierarchy: an easier task feeds the layers of a harder one, or sits at a lower layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -14,10 +14,12 @@ from mtl_optax.models._base import (
     Builder,
     Layer,
     Sizes,
-    check_count,
+    check_width,
     is_layer,
+    names_of_heads,
+    positive_integer,
+    read,
     require_width,
-    task_names,
 )
 
 
@@ -105,7 +107,7 @@ class Hierarchical(nnx.Module):
         if feed not in ("outputs", "hidden"):
             raise ValueError(f"feed is {feed!r}, expected 'outputs' or 'hidden'")
         build = Builder(activation, dtype, param_dtype, rngs)
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         self.feed = feed
         self.stop_gradient = stop_gradient
         edges = _check_parents({} if parents is None else parents, self.tasks)
@@ -136,14 +138,17 @@ class Hierarchical(nnx.Module):
         levels = self._levels(x, *args, **kwargs)
         outputs, fed = {}, {}
         for task, parents, depth in zip(self.order, self.parents, self.depths, strict=True):
-            head, inputs = self.heads[task], levels[depth]
+            inputs = levels[depth]
             if parents:
                 inputs = jnp.concatenate([inputs, *(fed[p] for p in parents)], -1)
             if self.feed == "hidden" and task in self.easier:
-                hidden = head.hidden(inputs)
-                outputs[task], fed[task] = head.readout(hidden), hidden
+                head = self.heads[task]
+                if type(head) is MLP:
+                    check_width(f"the head of task {task!r}", head.in_features, inputs)
+                fed[task] = head.hidden(inputs)
+                outputs[task] = head.readout(fed[task])
             else:
-                outputs[task] = fed[task] = head(inputs)
+                outputs[task] = fed[task] = read(self.heads, task, inputs)
             if self.stop_gradient:
                 fed[task] = jax.lax.stop_gradient(fed[task])
         return {task: outputs[task] for task in self.tasks}
@@ -184,6 +189,11 @@ def _check_parents(
         )
     edges = dict.fromkeys(tasks, ())
     for task, easier in parents.items():
+        if not isinstance(easier, Iterable):
+            raise ValueError(
+                f"parents of task {task!r} is {easier!r}, expected the name of an easier task or "
+                "several, such as ('click',): leave out a task that none feeds"
+            )
         easier = (easier,) if isinstance(easier, str) else tuple(easier)
         for name in (task, *easier):
             if name not in tasks:
@@ -208,7 +218,7 @@ def _check_depths(depths: Any, tasks: tuple[str, ...], encoder: Any) -> dict[str
             "unknown: give it by sizes, such as (8, 32, 16), or as an nnx.Sequential of its layers"
         )
     for task, depth in depths.items():
-        if check_count(depth, f"the depth of task {task!r}") > len(encoder.layers):
+        if positive_integer(depth, f"the depth of task {task!r}") > len(encoder.layers):
             raise ValueError(
                 f"the depth of task {task!r} is {depth}, expected at most {len(encoder.layers)}, "
                 "the number of layers of the encoder"

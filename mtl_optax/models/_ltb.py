@@ -7,9 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtl_optax.models._base import Activation, Builder, Layer, Sizes, check_count, task_names
+from mtl_optax._numerics import wide
+from mtl_optax.models._base import (
+    Activation,
+    Builder,
+    Layer,
+    Sizes,
+    names_of_heads,
+    positive_integer,
+)
 from mtl_optax.models._columns import Block, Columns
-from mtl_optax.models._experts import at_least_float32, softmax
+from mtl_optax.models._experts import softmax
 
 
 class LTB(Columns):
@@ -78,8 +86,10 @@ class LTB(Columns):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        num_tasks = len(task_names(heads))
-        nodes = check_count(num_tasks if num_branches is None else num_branches, "num_branches")
+        num_tasks = len(names_of_heads(heads))
+        nodes = positive_integer(
+            num_tasks if num_branches is None else num_branches, "num_branches"
+        )
         between, reads = jnp.zeros((nodes, nodes)), jnp.zeros((num_tasks, nodes))
         build = Builder(activation, dtype, param_dtype, rngs)
         super().__init__(encoder, heads, blocks, between, reads, features, block_features, build)
@@ -125,7 +135,7 @@ class LTB(Columns):
 
 def _choose(logits: jax.Array, key: Any, temperature: Any, hard: bool) -> jax.Array:
     """Weights along the last axis: a relaxed sample, or one-hot with the gradient of it."""
-    logits = at_least_float32(logits)
+    logits = logits.astype(wide(logits.dtype))
     if key is not None:
         logits = logits + jax.random.gumbel(key, logits.shape, logits.dtype)
     soft = softmax(logits / temperature)

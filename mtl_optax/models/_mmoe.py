@@ -13,10 +13,11 @@ from mtl_optax.models._base import (
     Builder,
     Layer,
     Sizes,
+    names_of_heads,
+    read,
     require_width,
-    task_names,
 )
-from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, mix
+from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, blend
 
 
 class MMoE(Gated):
@@ -48,7 +49,8 @@ class MMoE(Gated):
       rngs: source of the initial parameters.
 
     Raises:
-      ValueError: as in `HardSharing`, and if ``num_experts`` is not a positive integer.
+      ValueError: as in `HardSharing`, and if ``num_experts`` is not a positive integer, the experts
+        differ in what they return, or a gate does not return one weight an expert.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -86,7 +88,7 @@ class MMoE(Gated):
         rngs: nnx.Rngs,
     ):
         build = Builder(activation, dtype, param_dtype, rngs)
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         self.encoder, width = build.encoder(encoder, features)
         width = require_width(width, "the gates are Dense layers")
         self.experts = Experts(experts, num_experts, width, build)
@@ -103,10 +105,20 @@ class MMoE(Gated):
         hidden = self.encoder(x, *args, **kwargs)
         outputs = self.experts(hidden)
         return {
-            task: self.heads[task](mix(self.gates[task](hidden), outputs)) for task in self.tasks
+            task: read(self.heads, task, blend(self._weights(task, hidden), outputs))
+            for task in self.tasks
         }
 
     def gate_weights(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """How much of each expert a task uses, ``(..., num_experts)``, summing to one."""
         hidden = self.encoder(x, *args, **kwargs)
-        return {task: self.gates[task](hidden) for task in self.tasks}
+        return {task: self._weights(task, hidden) for task in self.tasks}
+
+    def _weights(self, task: str, hidden: Any) -> jax.Array:
+        weights, experts = self.gates[task](hidden), self.experts.num_experts
+        if weights.shape[-1:] != (experts,):
+            raise ValueError(
+                f"the gate of task {task!r} returns shape {weights.shape}, expected (..., "
+                f"{experts}): one weight for each expert, of which `gate` is told the number"
+            )
+        return weights

@@ -14,8 +14,9 @@ from mtl_optax.models._base import (
     Sizes,
     check_sizes,
     is_layer,
+    names_of_heads,
+    read,
     require_width,
-    task_names,
 )
 from mtl_optax.models._columns import split_blocks
 
@@ -87,7 +88,7 @@ class MTAN(nnx.Module):
         rngs: nnx.Rngs,
     ):
         build = Builder(activation, dtype, param_dtype, rngs)
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         self.encoder, width = build.encoder(encoder, features)
 
         def dense(inputs: int, outputs: int, rngs: nnx.Rngs) -> Layer:
@@ -133,7 +134,7 @@ class MTAN(nnx.Module):
                     _check_transfer(index, carried, shared)
                     seen = jnp.concatenate([shared, carried], -1)
                 kept[task] = jax.nn.sigmoid(self.attention[task][index](seen)) * shared
-        return {task: self.heads[task](kept[task]) for task in self.tasks}
+        return {task: read(self.heads, task, kept[task]) for task in self.tasks}
 
 
 def _check_transfer(index: int, carried: jax.Array, shared: jax.Array) -> None:

@@ -13,11 +13,12 @@ from mtl_optax.models._base import (
     Builder,
     Layer,
     Sizes,
-    check_count,
+    names_of_heads,
+    positive_integer,
+    read,
     require_width,
-    task_names,
 )
-from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, mix
+from mtl_optax.models._experts import ExpertFactory, Experts, Gated, SoftmaxGate, blend, together
 
 
 class PLE(Gated):
@@ -55,7 +56,8 @@ class PLE(Gated):
 
     Raises:
       ValueError: as in `HardSharing`, and if a number of experts or levels is not a positive
-        integer, or ``num_task_experts`` does not name exactly the tasks.
+        integer, ``num_task_experts`` does not name exactly the tasks, or experts differ in what
+        they return.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -93,9 +95,9 @@ class PLE(Gated):
         rngs: nnx.Rngs,
     ):
         build = Builder(activation, dtype, param_dtype, rngs)
-        self.tasks = task_names(heads)
+        self.tasks = names_of_heads(heads)
         counts = _check_num_task_experts(num_task_experts, self.tasks)
-        check_count(num_levels, "num_levels")
+        positive_integer(num_levels, "num_levels")
         self.encoder, width = build.encoder(encoder, features)
         levels = []
         for index in range(num_levels):
@@ -113,7 +115,7 @@ class PLE(Gated):
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
         """Outputs of all tasks; what follows ``x`` goes to the encoder."""
         hidden, _, _ = self._extract(self.encoder(x, *args, **kwargs))
-        return {task: self.heads[task](hidden[task]) for task in self.tasks}
+        return {task: read(self.heads, task, hidden[task]) for task in self.tasks}
 
     def gate_weights(self, x: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[jax.Array, ...]]:
         """How much of each expert a task uses, for each level.
@@ -178,23 +180,23 @@ class _Extraction(nnx.Module):
         outputs = {task: self.task_experts[task](hidden[task]) for task in self.tasks}
         weights = {task: self.gates[task](hidden[task]) for task in self.tasks}
         mixed = {
-            task: mix(weights[task], jnp.concatenate([outputs[task], shared_outputs]))
+            task: blend(weights[task], together({task: outputs[task]}, shared_outputs))
             for task in self.tasks
         }
         if self.shared_gate is None:
             return weights, None, mixed, shared
         shared_weights = self.shared_gate(shared)
-        pool = jnp.concatenate([*outputs.values(), shared_outputs])
-        return weights, shared_weights, mixed, mix(shared_weights, pool)
+        pool = together(outputs, shared_outputs)
+        return weights, shared_weights, mixed, blend(shared_weights, pool)
 
 
 def _check_num_task_experts(given: int | Mapping[str, int], tasks: tuple[str, ...]) -> dict:
     """The number of own experts of each task, in sorted order."""
     if not isinstance(given, Mapping):
-        return dict.fromkeys(tasks, check_count(given, "num_task_experts"))
+        return dict.fromkeys(tasks, positive_integer(given, "num_task_experts"))
     if set(given) != set(tasks):
         raise ValueError(
             f"num_task_experts names the tasks {sorted(map(str, given))}, expected {list(tasks)}: "
             "give one number for all of them, or one for each task that has a head"
         )
-    return {task: check_count(given[task], f"num_task_experts of {task!r}") for task in tasks}
+    return {task: positive_integer(given[task], f"num_task_experts of {task!r}") for task in tasks}
