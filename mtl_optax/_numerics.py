@@ -26,7 +26,7 @@ def underflows(dtype: DTypeLike) -> bool:
 
 def is_fewer(a: Any, b: Any) -> bool:
     """Whether count a < b; not where one is unknown, as it has a symbol of `jax.export` in it."""
-    return isinstance(a, int) and isinstance(b, int) and a < b
+    return all(isinstance(count, int | float) for count in (a, b)) and a < b
 
 
 # The default of a TPU is bfloat16, of many a GPU TensorFloat-32.

@@ -557,6 +557,17 @@ def test_rows_of_narrow_parameters_are_kept_in_float32(name):
     assert {leaf.dtype for leaf in rows} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e30])
+def test_m_config_outlives_a_gradient_whose_square_overflows(size):
+    tx, rows, w = mtl.m_config(2), jnp.array([[1.0, 2.0, 0.5], [0.5, 1.0, 2.0]]), jnp.ones(3)
+    step = jax.jit(lambda rows, state: tx.update(rows, state, w, losses=jnp.ones(2)))
+    state = tx.init(w)
+    for i in range(40):
+        update, state = step(rows * (size if i == 3 else 1), state)
+        assert np.max(np.abs(update)) < 10
+    assert np.all(update != 0)
+
+
 def test_adatask_outlives_a_gradient_whose_square_overflows():
     tx, rows, w = mtl.adatask(2), jnp.ones((2, 3)), jnp.ones(3)
     _, state = tx.update(rows, tx.init(w), w, losses=jnp.ones(2))

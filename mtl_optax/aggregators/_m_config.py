@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.jacobian._rows import all_finite, per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, keep_finite, link, task_zeros
+from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
 from mtl_optax.states import PerTask
 
 
@@ -109,7 +109,8 @@ def _cycle_tasks(num_tasks, b1):
         turn = jnp.arange(num_tasks) == index
         newest = jax.tree.leaves(jacobian.pullback(turn))
         averages, treedef = jax.tree.flatten(state.rows)
-        good = jnp.all(jnp.stack([all_finite(g) for g in newest]))
+        squares = [g.astype(m.dtype) ** 2 for g, m in zip(newest, averages, strict=True)]
+        good = jnp.all(jnp.stack([all_finite(square) for square in squares]))
         averages = [
             m.at[index].set(jnp.where(good, b1 * m[index] + (1 - b1) * g, m[index]))
             for m, g in zip(averages, newest, strict=True)
@@ -153,11 +154,14 @@ def _pseudo_moment(num_tasks, b1, b2, eps):
             jax.tree.leaves(state.second_moment),
             strict=True,
         ):
-            momentum = keep_finite(d * (1 - b1**count), m)
+            momentum = d * (1 - b1**count)
             implied = (momentum - b1 * m) / (1 - b1)
-            second = keep_finite(b2 * v + (1 - b2) * implied**2, v)
+            second = b2 * v + (1 - b2) * implied**2
+            # A square may overflow: a step of it would be divided by nothing.
+            good = jnp.isfinite(second)
+            momentum, second = jnp.where(good, momentum, m), jnp.where(good, second, v)
             root = jnp.sqrt(second / (1 - b2**count))
-            step = divide(d, root + eps, d).astype(d.dtype)
+            step = jnp.where(good, divide(d, root + eps, d), 0).astype(d.dtype)
             new.append((step, momentum.astype(m.dtype), second.astype(v.dtype)))
         steps, momenta, seconds = zip(*new, strict=True)
         like = jax.tree.structure(state.momentum).unflatten

@@ -94,11 +94,11 @@ def _sum_with_moved_weights(num_tasks, gamma, gamma_sigma, rho):
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         present = jacobian.present
-        w, total = shared_out(state.shares, present)
+        w, mass = shared_out(state.shares, present)
         products = relative_products(jacobian, jacobian, present).astype(jnp.float32)
         step_size = gamma / (state.count + 1.0) ** gamma_sigma
         weights = simplex_step(w, dot(products, w) + rho * w, step_size, present)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return jacobian.combine(weights), MocoState(weights, total * weights, count)
+        return jacobian.combine(weights), MocoState(weights, mass * weights, count)
 
     return link(init_fn, update_fn, num_tasks)

@@ -82,13 +82,13 @@ def modo(
         del extra_args
         first, second, _ = batches(jacobians)
         _, present = presence(jacobians)
-        w, total = shared_out(state.shares, present)
+        w, mass = shared_out(state.shares, present)
         products = relative_products(first, second, present).astype(jnp.float32)
         weights = simplex_step(w, dot(products, w) + rho * w, gamma, present)
         # Two batches share the direction; a third, or one that is alone, has it for itself.
         direct = jacobians if len(jacobians) == 2 else jacobians[-1:]
         updates = [jacobian.combine(weights) for jacobian in direct]
-        return _mean(*updates), ModoState(weights, total * weights)
+        return _mean(*updates), ModoState(weights, mass * weights)
 
     return link(init_fn, update_fn, num_tasks, several=True)
 

@@ -104,7 +104,7 @@ def sdmgrad(
         first, second, last = batches(jacobians)
         _, present = presence(jacobians)
         num_present = jnp.maximum(jnp.sum(present), 1)
-        start, total = shared_out(state.shares, present)
+        start, mass = shared_out(state.shares, present)
         products = relative_products(first, second, present).astype(jnp.float32) / num_present
         preferred = preference_vector(preference, 1.0, first).astype(jnp.float32)
         preferred, _ = shared_out(preferred, present)
@@ -117,6 +117,6 @@ def sdmgrad(
 
         w, _ = jax.lax.fori_loop(0, num_steps, move, (start, jnp.zeros_like(start)))
         weights = (w + pull * preferred) / (1 + pull)
-        return last.combine(weights), SdmgradState(weights, total * w)
+        return last.combine(weights), SdmgradState(weights, mass * w)
 
     return link(init_fn, update_fn, num_tasks, several=True)

@@ -28,9 +28,9 @@ def shared_out(shares: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Ar
 
     Those present exchange their shares with one another only: a task that was away finds its own.
     """
-    total = jnp.sum(shares, where=present)
+    mass = jnp.sum(shares, where=present)
     even = (1 / jnp.maximum(jnp.sum(present), 1)).astype(shares.dtype)
-    return jnp.where(present, divide(shares, total, even), 0), total
+    return jnp.where(present, divide(shares, mass, even), 0), mass
 
 
 def simplex_step(
@@ -47,10 +47,10 @@ def exchange(log_weights: jax.Array, raised_by: jax.Array, moves: jax.Array) -> 
 
     Only those that move exchange theirs, with one another.
     """
-    total = functools.partial(jax.nn.logsumexp, where=moves)
+    log_sum = functools.partial(jax.nn.logsumexp, where=moves)
     # A weight may return from 0 as long as its logarithm is finite.
     raised = log_weights + jnp.clip(raised_by, -1e30, 1e30)
-    raised = jnp.maximum(raised - total(raised) + total(log_weights), -1e30)
+    raised = jnp.maximum(raised - log_sum(raised) + log_sum(log_weights), -1e30)
     return jnp.where(moves, raised, log_weights)
 
 

@@ -112,7 +112,7 @@ def scale_by_ldc_mtl(
         place = jnp.cumsum(usable)
         pairs = usable[:, None] & usable[None, :] & (place[None, :] == place[:, None] + 1)
 
-        def total(loss, router):
+        def objective(loss, router):
             shares = softmax_over(present, dot(router, inputs), present)
             shares = jnp.where(present, jnp.clip(shares, *bounds), 0)
             u = shares * loss if between == "weighted" else loss
@@ -120,7 +120,7 @@ def scale_by_ldc_mtl(
             return dot(shares, loss) + discrepancy * apart
 
         finite = jnp.where(usable, loss, 0)
-        weights, gradient = jax.grad(total, argnums=(0, 1))(finite, state.router)
+        weights, gradient = jax.grad(objective, argnums=(0, 1))(finite, state.router)
         moves = ~jnp.any(jnp.isnan(gradient), axis=1)
         router, opt_state = step_each(optimizer, state.opt_state, state.router, gradient, moves)
         return jacobian.scale(weights), LdcMtlState(weights, router, opt_state)

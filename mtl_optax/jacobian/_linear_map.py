@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import power_of_two, underflows, wide
+from mtl_optax._numerics import power_of_two, wide
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._opaque import check_residuals
 from mtl_optax.jacobian._program import (
@@ -67,8 +67,7 @@ class LinearMap:
     @property
     def underflows(self) -> bool:
         """Whether a leaf or a loss is of a type that has no small numbers, as float16."""
-        variables = (*self.program.leaves, *self.program.groups)
-        return any(underflows(v.aval.dtype) for v in variables)
+        return self.program.underflows
 
     def keep(self, tasks: jax.Array) -> "LinearMap":
         """The map with the rows of the other tasks exactly 0, whatever they hold."""

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mtl_optax._numerics import underflows
 from mtl_optax.jacobian import _program
 from mtl_optax.jacobian._arguments import Arguments, is_object
 from mtl_optax.jacobian._linear_map import RowMode
@@ -57,7 +56,7 @@ class MappedMap:
     @property
     def underflows(self) -> bool:
         """Whether a leaf or a loss is of a type that has no small numbers, as float16."""
-        return any(underflows(v.aval.dtype) for v in (*self.program.leaves, *self.program.groups))
+        return self.program.underflows
 
     def keep(self, tasks: jax.Array) -> "MappedMap":
         """The map with the rows of the other tasks exactly 0, whatever they hold."""

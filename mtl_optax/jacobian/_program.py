@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from mtl_optax._compat import body_of, is_jaxpr, new_jaxpr
+from mtl_optax._numerics import underflows
 from mtl_optax.jacobian._rows import gathered
 
 # What moves or widens the entries of a parameter and leaves all inner products as they are.
@@ -138,11 +139,14 @@ class Program:
             for v in variables(eqn):
                 if v in views and eqn.primitive.name in ISOMETRIES:
                     views[eqn.outvars[0]] = views[v]
-                elif v in views and eqn.primitive.name == "dot_general":
-                    contract = eqn.params["dimension_numbers"][0][eqn.invars.index(v)]
-                    summed = math.prod(v.aval.shape[d] for d in contract)
-                    costs[views[v]] += eqn.outvars[0].aval.size * summed
+                elif v in views:
+                    costs[views[v]] += row_multiplications(eqn, v)
         return costs
+
+    @functools.cached_property
+    def underflows(self) -> bool:
+        """Whether a leaf or a loss is of a type that has no small numbers, as float16."""
+        return any(underflows(v.aval.dtype) for v in (*self.leaves, *self.groups))
 
     @functools.cached_property
     def parts(self) -> Parts:
@@ -169,6 +173,14 @@ def is_var(atom: Any) -> bool:
 def variables(eqn: Any) -> list[Any]:
     """The variables that an equation reads."""
     return [atom for atom in eqn.invars if is_var(atom)]
+
+
+def row_multiplications(eqn: Any, w: Any) -> int:
+    """The multiplications that a row of W takes where an equation is a matrix product with it."""
+    if eqn.primitive.name != "dot_general":
+        return 0
+    contracted = eqn.params["dimension_numbers"][0][eqn.invars.index(w)]
+    return eqn.outvars[0].aval.size * math.prod(w.aval.shape[d] for d in contracted)
 
 
 def all_read(jaxpr: Equations) -> set[Any]:

@@ -6,7 +6,6 @@ and branches, with no more than one layer's cotangents alive.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -136,13 +135,4 @@ def layer_of(eqn: Any, w: Any, num_tasks: int, dtype: Any) -> tuple[Layer, Any] 
     use = ghost.use_of(eqn, w, (), x)
     if use is None or not ghost.is_cheaper((use,), num_tasks):
         return None
-    return Layer(num_tasks, dtype, use.y.aval, use, ghost.forming((use,))), use.x
-
-
-def forming(eqn: Any, w: Any) -> int:
-    """The multiplications that a row of W takes in y = x W."""
-    if eqn.primitive.name != "dot_general":
-        return 0
-    side = eqn.invars.index(w)
-    contracted = eqn.params["dimension_numbers"][0][side]
-    return eqn.outvars[0].aval.size * math.prod(w.aval.shape[d] for d in contracted)
+    return Layer(num_tasks, dtype, use.y.aval, use, ghost.forming_cost((use,))), use.x

@@ -14,9 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax._compat import SCANS_FLAG_LINEAR_INPUTS, body_of, scan_counts
-from mtl_optax.jacobian._program import ISOMETRIES, Equations, evaluate, is_var, through, variables
+from mtl_optax.jacobian._program import (
+    ISOMETRIES,
+    Equations,
+    evaluate,
+    is_var,
+    row_multiplications,
+    through,
+    variables,
+)
 from mtl_optax.jacobian.ways._base import Cost
-from mtl_optax.jacobian.ways._tap import Layer, forming, layer_of, tap, zeros
+from mtl_optax.jacobian.ways._tap import Layer, layer_of, tap, zeros
 
 
 class View(NamedTuple):
@@ -86,7 +94,7 @@ class Walk:
                     layer = layer_of(eqn, v, self.num_tasks, self.dtype)
                     if layer or _is_view(eqn) or (name in OPENED and self._opens(eqn, i, env)):
                         continue
-                    env[v] = self._tap_rows(v, env[v], hole, forming(eqn, v))
+                    env[v] = self._tap_rows(v, env[v], hole, row_multiplications(eqn, v))
             values = [env[v] if is_var(v) else v.val for v in eqn.invars]
             views = [value for value in values if isinstance(value, View)]
             if views and layer:
@@ -316,7 +324,7 @@ def _typed(arrays: Sequence[Any], masks: Sequence[int]) -> list[Any]:
     return [kinds.get(mask, Live)(x) for x, mask in zip(arrays, masks, strict=True)]
 
 
-def total(found: Found) -> dict[int, Cost]:
+def costs_by_leaf(found: Found) -> dict[int, Cost]:
     """What measuring each leaf takes: all that it is tapped at, and the largest that is held."""
     costs: dict[int, Cost] = {}
     for (leaf, _), (layer, turns) in found.items():

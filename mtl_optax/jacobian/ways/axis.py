@@ -54,7 +54,7 @@ class Axis(ghost.Ghost):
         for found in taps.values():
             delta = [ghost.cotangents_of(next(left), use) for use in found]
             shares.append(_layer(linear, found, jnp.concatenate(delta, axis=2)))
-        products, scales = without_noise(*ghost.total(shares))
+        products, scales = without_noise(*ghost.sum_of_gramians(shares))
         return Measurement(products, scales, mix_rows(plain))
 
     def taps(self, linear: Any, measured: Sequence[bool]) -> dict[int, ghost.Uses]:

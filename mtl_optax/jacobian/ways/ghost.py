@@ -76,8 +76,8 @@ class Ghost(Way):
         linear, taps = heads.linear, self.taps(heads.linear, layout.measured)
         uses = list(itertools.chain(*taps.values()))
         from_rows = [i for i in layout.measured_leaves if i not in taps]
-        tapped = range(layout.num_leaves, layout.num_leaves + len(uses))
-        cut_heads, unit = _cut(heads, uses).unit([*from_rows, *tapped])
+        cut_leaves = range(layout.num_leaves, layout.num_leaves + len(uses))
+        cut_heads, unit = _cut(heads, uses).unit([*from_rows, *cut_leaves])
         rows = cut_heads.rows(layout.row_mode)
         # One barrier each: together they would all be held at once.
         rows = [jax.lax.optimization_barrier(row) for row in rows]
@@ -86,7 +86,8 @@ class Ghost(Way):
 
         held = list(plain.values())
         products, scales, _ = scaled_products(held, held, layout.num_tasks, layout.dtype)
-        products, scales = total([(products, scales), *self._shares(linear, taps, deltas)])
+        tapped = self._shares(linear, taps, deltas)
+        products, scales = sum_of_gramians([(products, scales), *tapped])
         products, scales = without_noise(products, scales * unit)
 
         def mixed(weights: jax.Array) -> dict[int, jax.Array]:
@@ -189,7 +190,7 @@ def _gradients(
     return gradients
 
 
-def total(shares: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+def sum_of_gramians(shares: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
     """The sum of Gramians diag(s) M diag(s), as one of them; all s are powers of two."""
     scales = functools.reduce(jnp.maximum, [s for _, s in shares])
     relative = [(M, divide(s, scales, s)) for M, s in shares]
@@ -276,10 +277,10 @@ def is_cheaper(uses: Uses, num_tasks: int) -> bool:
 def rows_cost(uses: Uses, num_tasks: int) -> int:
     """Of the rows and their products."""
     e, _, c, f = uses[0].size
-    return num_tasks * (forming(uses) + num_tasks * e * c * f)
+    return num_tasks * (forming_cost(uses) + num_tasks * e * c * f)
 
 
-def forming(uses: Uses) -> int:
+def forming_cost(uses: Uses) -> int:
     """Of one row."""
     e, _, c, f = uses[0].size
     n = sum(use.size[1] for use in uses)

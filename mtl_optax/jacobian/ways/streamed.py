@@ -20,7 +20,7 @@ from mtl_optax.jacobian.ways._base import (
     product_cost,
     without_noise,
 )
-from mtl_optax.jacobian.ways._walk import ZERO, Found, View, Walk, total
+from mtl_optax.jacobian.ways._walk import ZERO, Found, View, Walk, costs_by_leaf
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ class Streamed(Way):
 
     def costs(self, linear: LinearMap, layout: Layout) -> dict[int, Cost]:
         """What each measured leaf takes."""
-        found = total(self.found(linear, layout))
+        found = costs_by_leaf(self.found(linear, layout))
         return {
             i: found.get(i, product_cost("streamed rows", layout.num_tasks, layout.leaf_avals[i]))
             for i in layout.measured_leaves
