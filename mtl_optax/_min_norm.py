@@ -44,4 +44,6 @@ def project_on_simplex(
     x: jax.Array, present: jax.Array, total: jax.Array | float = 1.0
 ) -> jax.Array:
     """The nearest point with x >= 0 and Σ x = total whose absent entries are 0."""
-    return optax.projections.projection_simplex(jnp.where(present, x, -jnp.inf), total)
+    # Optax counts in the default type, which its derivative of another one would not have.
+    masked = jnp.where(present, x, -jnp.inf).astype(jnp.result_type(float))
+    return optax.projections.projection_simplex(masked, total).astype(x.dtype)

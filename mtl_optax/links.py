@@ -82,7 +82,9 @@ def link(
         if not everyone and not (isinstance(given, Jacobian) and given.is_combined(result)):
             # What a strategy remembers of earlier gradients makes no update of nothing.
             anyone = jnp.any(here)
-            result = jax.tree.map(lambda leaf: jnp.where(anyone, leaf, 0), result)
+            result = jax.tree.map(
+                lambda leaf: jnp.where(anyone, leaf, jnp.zeros_like(leaf)), result
+            )
         return conform(result, params), new_state
 
     def init(params) -> Any:
@@ -230,6 +232,7 @@ def is_traced(value: Any) -> bool:
 # What a share or the weight of the past may be: `check_option("decay", decay, *BELOW_ONE)`.
 BELOW_ONE = (lambda x: (x >= 0) & (x < 1), "in [0, 1)")
 UP_TO_ONE = (lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+FINITE = (np.isfinite, "a finite number")
 # What counts steps may be.
 COUNT = (lambda x: (x >= 1) & (x % 1 == 0), "a whole number of at least 1")
 
@@ -247,8 +250,9 @@ def check_option(
     if is_traced(value):
         return
     for leaf in map(np.asarray, leaves):
-        is_number = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
-        if not (is_number and np.all(valid(leaf))):
+        kinds = jnp.integer, jnp.floating, jnp.bool_
+        is_real = any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
+        if not (is_real and np.all(valid(leaf))):
             raise ValueError(f"{name}={value}, expected {expected}")
 
 

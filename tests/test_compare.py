@@ -1,17 +1,21 @@
 """`mtl.compare`: a comparison end to end at a tiny size, and each of its promises alone."""
 
 import dataclasses
+import functools
 import html
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import stats
 
@@ -25,6 +29,7 @@ from mtl_optax.compare import (
     _command as command,
     _comparison as front,
     _diagnosis as diagnosis,
+    _hashes as hashes,
     _plots as plots,
     _run as run,
     _selection as selection,
@@ -292,7 +297,7 @@ def test_facts_follow_data_losses_options_and_code(setup, tmp_path):
 
     assert changed(test=examples(50, 3)) == {"data"}
     assert "program" in changed(loss_fn=lambda p, b: {k: 2 * v for k, v in losses(p, b).items()})
-    assert changed(options={"dwa": {"temperature": 1.0}}) == {"options"}
+    assert changed(options={"dwa": {"temperature": 1.0}}) == set()
     (tmp_path / "compare").mkdir()
     for name in ("link.py", "compare/_train.py", "compare/_report.py"):
         (tmp_path / name).write_text("one")
@@ -301,6 +306,155 @@ def test_facts_follow_data_losses_options_and_code(setup, tmp_path):
     assert setups.code_hash(tmp_path) == before  # what draws changes no number
     (tmp_path / "link.py").write_text("two")
     assert setups.code_hash(tmp_path) != before
+
+
+def test_facts_of_a_strategy_follow_its_program_and_its_grid(setup, monkeypatch):
+    def factory(num_tasks, *, power=0.0, schedule=None):
+        def update_fn(jacobian, state, **extra_args):
+            weights = power * jacobian.loss_vector() + (schedule(2.0) if schedule else 1.0)
+            return jacobian.scale(jax.jit(lambda: weights * jnp.array(table))()), state
+
+        balancer = mtl.link(optax.init_empty_state, update_fn, num_tasks)
+        return optax.chain(balancer, mtl.sum_tasks())
+
+    def facts(name="mine", grid=({},), **changes):
+        other = setups.Setup.__new__(setups.Setup)
+        other.__dict__ |= vars(setup) | {"problem": dataclasses.replace(PROBLEM, **changes)}
+        return json.dumps(train.facts(other, name, list(grid)))
+
+    table = [1.0, 2.0]
+    mine = mtl.Strategy("mine", "balancer", "losses", "free", "", "", factory)
+    monkeypatch.setitem(mtl.STRATEGIES, "mine", mine)
+    told = lambda **options: {"options": {"mine": options}}  # noqa: E731
+    assert facts() == facts() == facts(**told(power=0.0))
+    several = [
+        facts(),
+        facts(**told(power=1.0)),
+        facts(**told(schedule=lambda n: n)),
+        facts(**told(schedule=lambda n: n + 1)),
+        facts(grid=[{"power": 1.0}, {"power": 2.0}]),
+        facts(grid=[{"power": 1.0}, {"power": 3.0}]),
+        facts("gradnorm"),
+        facts("gradnorm", last_shared={"trunk": False, "a": True, "b": True}),
+    ]
+    table = [1.0, 3.0]
+    several.append(facts())  # its code was edited
+    assert len(set(several)) == len(several)
+
+
+def with_jvp(f):
+    ruled = jax.custom_jvp(f)
+    ruled.defjvp(lambda x, tangents: (ruled(*x), *tangents))
+    return ruled
+
+
+def with_vjp(f):
+    ruled = jax.custom_vjp(f)
+    ruled.defvjp(lambda x: (f(x), None), lambda _, g: (g,))
+    return ruled
+
+
+WRAPPED = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "jit in jit": lambda f: jax.jit(lambda x: jax.jit(f)(x) + 1),
+    "checkpoint": jax.checkpoint,
+    "custom_jvp": with_jvp,
+    "custom_vjp": with_vjp,
+    "scan": lambda f: lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, length=2)[0],
+    "cond": lambda f: lambda x: jax.lax.cond(x[0] > 0, f, jnp.sin, x),
+    "while": lambda f: lambda x: jax.lax.while_loop(lambda c: jnp.all(c < 9), f, x),
+    "vmap": jax.vmap,
+    "callback": lambda f: (
+        lambda x: jax.pure_callback(lambda x: f(x), jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("array", [jnp.array, np.array], ids=["jax", "numpy"])
+def test_arrays_that_a_program_closes_over_are_facts_wherever_they_stand(wrap, array):
+    def hashed(number):
+        held = array([0.0] * 3000 + [number], np.float32)  # too long to be printed
+        return hashes.of_program(wrap(lambda x: x + held[-2:].sum()), jnp.ones(2))
+
+    assert hashed(1.0) == hashed(1.0) != hashed(2.0)
+
+
+LIMIT = [1.0]
+
+
+def helper(value):
+    return value * LIMIT[0]
+
+
+class Scorer:
+    def __init__(self, share):
+        self.share = {"of": np.array([share])}
+
+    def __call__(self, params, split):
+        return {"x": helper(float(self.share["of"][0]))}
+
+
+def test_facts_of_a_metric_in_python_are_what_its_code_reaches(monkeypatch):
+    def made(closed=1.0, default=1.0, keyword=1.0):
+        def metric(params, split, shift=default, *, power=keyword):
+            return {"x": helper(closed) + shift**power}
+
+        return metric
+
+    def partial(metric, value):
+        return functools.partial(metric, shift=value)
+
+    known = hashes.of_function(made())
+    assert known == hashes.of_function(made())
+    one, other = lambda p, s: {"x": 1.0}, lambda p, s: {"x": 2.0}  # of one line
+    several = [
+        made(), made(closed=2.0), made(default=2.0), made(keyword=2.0), made(closed=made()),
+        made(closed=np.arange(2000)), made(closed=np.arange(2000) // 1999),
+        partial(made(), 1.0), partial(made(), 2.0), partial(one, 1.0), one, other, jax.jit(one),
+        Scorer(1.0), Scorer(2.0), Scorer(1.0).__call__,
+    ]  # fmt: skip
+    found = [hashes.of_function(metric) for metric in several]
+    assert len(set(found)) == len(several)
+    monkeypatch.setitem(globals(), "LIMIT", [2.0])
+    assert hashes.of_function(made()) != known
+    assert hashes.of_function(one) == found[10]  # which does not name it
+
+
+def test_facts_are_the_same_in_every_process():
+    program = (
+        "import jax, jax.numpy as jnp, numpy as np\n"
+        "from mtl_optax.compare import _hashes as hashes\n"
+        "names = {'click', 'buy', 'view', 'like'}\n"
+        "def metric(params, split):\n"
+        "    return {n: np.mean(split) for n in names if n in {'click', 'buy', 'view'}}\n"
+        "f = jax.custom_jvp(lambda x: jax.pure_callback(np.sin, x, x))\n"
+        "f.defjvp(lambda x, t: (f(*x), f(*t)))\n"
+        "print(hashes.of_function(metric), hashes.of_program(f, jnp.ones(2)),\n"
+        "      hashes.of_values({'a': object(), 'b': [1.0, 'x', names]}))\n"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        for seed in "12"
+    ]  # fmt: skip
+    one, other = (process.communicate()[0] for process in started)
+    assert len(one.split()) == 3
+    assert one == other
+
+
+def test_a_set_in_a_program_has_no_order_and_no_address():
+    text = "f[axes=frozenset({'b', 'a'}) call=<function f at 0x7f00>] y"
+    assert hashes._lasting(text) == hashes._lasting(
+        "f[axes=frozenset({'a', 'b'}) call=<function f at 0x7abc>] y"
+    )
+    assert hashes.of_values({"x": ["a"]}) != hashes.of_values({"y": ["a"]})
+    words = [np.array([word], object) for word in ("a", "a", "b")]
+    one, same, other = map(hashes.of_values, words)
+    assert one == same != other
 
 
 # Where batches come from
@@ -327,6 +481,34 @@ def test_an_iterable_and_arrays_train_alike(setup):
     np.testing.assert_allclose(given.initial_losses, setup.initial_losses, rtol=1e-6)
     with pytest.raises(ValueError, match=r"train\(0\) yields no batch"):
         sources.source_of(dataclasses.replace(PROBLEM, train=lambda seed: []), SETTINGS)
+
+
+def test_batches_have_the_shape_of_the_first_of_all_seeds():
+    def sized(sizes):
+        return dataclasses.replace(
+            PROBLEM, train=lambda seed: [np.zeros(size) for size in sizes(seed)]
+        )
+
+    own_first = sized(lambda seed: [4, 5] if seed % 2 == 0 else [5, 4])
+    chunk = next(sources.source_of(own_first, SETTINGS).items())
+    assert chunk.shape == (3, 4, 4)  # seed 1 begins with another one
+    with pytest.raises(ValueError, match=r"train\(1\) yields .* \[\(5,\)\] or \[\(6,\)\], but none "
+                       r"of \[\(4,\)\], those of the first batch"):  # fmt: skip
+        sources.source_of(sized(lambda seed: [5, 6, 5] if seed == 1 else [4]), SETTINGS)
+
+
+def test_present_is_like_the_losses_or_in_their_order(setup):
+    def seen(present):
+        problem = dataclasses.replace(PROBLEM, present=lambda batch: present)
+        return np.isnan(setups.Setup(problem, SETTINGS).initial_losses[0]).tolist()
+
+    assert setup.names == (A, B)
+    assert seen({B: True, A: False}) == seen([False, True]) == [True, False]
+    assert seen(np.array([True, False])) == [False, True]
+    with pytest.raises(ValueError, match=r"names the tasks click, view, .* \$a_\$ \[/64\], \.\./"):
+        seen({"click": True, "view": False})
+    with pytest.raises(ValueError, match="values of type float32, expected a bool a task"):
+        seen({A: 1.0, B: 0.0})
 
 
 def test_absent_tasks_and_a_metric_of_plain_python():
@@ -483,6 +665,77 @@ def test_answer_says_who_to_prefer(results):
     assert "dwa (temperature 0.5)" in summary.text({**results, "strategies": strategies})
     few = {**results, "settings": {**results["settings"], "seeds": 2}}
     assert "say nothing about chance" in summary.answer(few)
+
+
+def test_a_divergence_is_said_with_who_finished(results):
+    def ended(strategies, seeds=(0, 1, 2), first=0):
+        changed = {**results["strategies"]}
+        for name in strategies:
+            test = {m: [list(row) for row in rows] for m, rows in changed[name]["test"].items()}
+            for seed in seeds:
+                test[A][seed][first:] = [None] * (3 - first)
+            changed[name] = {**changed[name], "test": test}
+        return {**results, "strategies": changed}
+
+    alone = ended(["sum"])
+    said = summary.answer(alone)
+    assert said.startswith("Equal weights diverged in 3 of 3 seeds, so that nothing can be held")
+    for name in ("dwa", "tuned weights", "1 / initial losses"):
+        assert name in said.partition("finished")[2]
+    assert any("not finite: sum (equal) (all seeds)." in note for note in summary.notes(alone))
+    without_losses = {
+        name: {**entry, "train_loss": {m: [[None] * 12] * 3 for m in (A, B)}}
+        for name, entry in ended(results["strategies"])["strategies"].items()
+    }
+    everyone = summary.answer({**results, "strategies": without_losses})
+    assert "nothing else finished in all seeds" in everyone
+    nowhere = {m: [[None] * 3] * 3 for m in (A, B)}
+    nothing = {name: {**e, "test": nowhere} for name, e in results["strategies"].items()}
+    said = summary.answer({**results, "strategies": nothing})
+    assert said.startswith("No metric is a finite number under any strategy")
+    some = ended(["dwa"], seeds=(1,), first=2)
+    assert any("not finite: dwa (seed 1)." in note for note in summary.notes(some))
+    at_end = ended(["sum"], seeds=(0, 2), first=2)
+    for run_ in at_end["strategies"].values():
+        run_["best"] = [0, 0, 0]
+    assert summary.answer(at_end).startswith("Equal weights diverged in 2 of 3 seeds. ")
+    dwa = {**results["strategies"]["dwa"], "train_loss": without_losses["dwa"]["train_loss"]}
+    without = {**results, "strategies": {**results["strategies"], "dwa": dwa}}
+    assert summary.diverged(without) == {"dwa": [0, 1, 2]}  # whatever its metrics are
+    assert summary.diverged(results) == {}
+
+
+def test_what_is_finite_is_chosen_before_what_is_not():
+    low = -np.inf
+    assert selection._best_config(np.array([[low, 1.0, 5.0], [low, 1.0, low]])) == 1
+    assert selection._best_config(np.array([[low, 5.0, 1.0], [9.0, low, low]])) == 0
+    assert selection._best_config(np.full((2, 3), low)) == 0
+    assert selection._reference(np.array([np.nan, 2.0])) == 2
+    assert selection._reference(np.array([np.nan])) == selection._reference(np.zeros(2)) == 1
+
+
+def test_equal_weights_that_diverge_leave_a_comparison_of_the_others(tmp_path):
+    large = lambda w, x: {"a": 1e5 * fits(w, x)["a"], "b": fits(w, x)["b"]}  # noqa: E731
+    problem = dataclasses.replace(
+        least_squares(fits, higher_is_better=False, learning_rates=0.1),
+        loss_fn=large, optimizer=lambda rate, steps: optax.sgd(rate),
+    )  # fmt: skip
+    found = mtl.compare.run(problem, [], seeds=3, live=False, checkpoints=2, candidates=1)
+    assert found.answer.startswith("Equal weights diverged in 3 of 3 seeds")
+    assert "tuned weights" in found.answer
+    tuned = found.results["strategies"]["tuned weights"]["test"]
+    assert all(np.isfinite(np.array(tuned[task], float)).all() for task in "ab")
+    assert found.results["diagnosis"]["verdict"] == "diverged"
+    json.dumps(found.results, allow_nan=False)
+    assert found.save(tmp_path).exists()  # its pictures too
+
+
+def test_results_are_valid_json(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "draw", lambda results: {})
+    old = {**results, "diagnosis": {**results["diagnosis"], "left": {A: float("nan"), B: 0.5}}}
+    Comparison(old).save(tmp_path)
+    content = (tmp_path / "results.json").read_text()
+    assert json.loads(content, parse_constant=pytest.fail)["diagnosis"]["left"] == {A: None, B: 0.5}
 
 
 def test_what_makes_no_sense_is_left_out_by_name(results):
@@ -689,6 +942,55 @@ def test_what_is_no_problem_is_named(target, message):
         command.main([target])
 
 
+def test_every_problem_has_a_folder_of_its_own(results, monkeypatch, tmp_path, capsys):
+    targets = ["a:problem", "b.c:problem", "x/a.py:problem", "y/a.py:problem", "a:other", "d:Other"]
+    folders = command._folders(targets)
+    assert list(folders) == targets
+    assert len({folder.lower() for folder in folders.values()}) == len(targets)
+    assert command._folders(["a:one", "b:two"]) == {"a:one": "one", "b:two": "two"}
+    assert folders["b.c:problem"] == "b.c.problem"
+    assert not any(re.search(r"[/\\:]", folder) for folder in folders.values())
+    with pytest.raises(SystemExit, match="error: a:problem is given twice: leave one out"):
+        command.main(["a:problem", "a:problem"])
+    shown = []
+    monkeypatch.setattr(command, "load", lambda target: PROBLEM)
+    monkeypatch.setattr(command, "compared", lambda *_, **__: results)
+    monkeypatch.setattr(command, "_show", lambda found, out, console: shown.append(out))
+    command.main(["a:problem", "b:problem", "--out", str(tmp_path)])
+    assert shown == [tmp_path / "a.problem", tmp_path / "b.problem"]
+    assert (tmp_path / command.TOGETHER).exists()
+    assert f"{PROBLEM.title} (b:problem): " in capsys.readouterr().out  # of one title
+
+
+def test_a_file_is_run_as_python_would_run_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    for folder, size in (("one", 3), ("two", 4)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"beside_{folder}.py").write_text(f"SIZE = {size}\n")
+        (tmp_path / folder / "mine.py").write_text(
+            "from __future__ import annotations\nimport dataclasses\n"
+            f"from beside_{folder} import SIZE\nfrom {__name__} import PROBLEM\n"
+            "@dataclasses.dataclass\nclass Options:\n    size: int = SIZE\n"
+            "problem = dataclasses.replace(PROBLEM, title=str(Options().size))\n"
+        )
+    titles = [command.load(f"{tmp_path / f}/mine.py:problem").title for f in ("one", "two")]
+    assert titles == ["3", "4"]
+    (tmp_path / "json.py").write_text("raise ValueError('of mine')\n")
+    with pytest.raises(SystemExit, match="error: of mine"):
+        command.main([f"{tmp_path}/json.py:problem"])
+    assert sys.modules["json"] is json
+
+
+def test_results_that_are_not_there_are_no_interruption(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--from", str(tmp_path / "nothing.json")])
+    text = str(ended.value)
+    assert "there is no file" in text
+    assert "nothing.json" in text
+    assert "start the same command" not in text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -696,11 +998,49 @@ def test_what_is_no_problem_is_named(target, message):
         ({"seeds": 0}, "seeds is 0"),
         ({"learning_rates": ()}, "learning_rates is empty"),
         ({"learning_rates": (0.1, -1.0)}, "expected positive numbers"),
+        ({"learning_rates": "0.1"}, "learning_rates has '0.1' in it, expected numbers"),
+        ({"steps": 12.0}, r"steps is 12\.0, expected a whole number"),
+        ({"seeds": True}, "seeds is True, expected a whole number"),
+        ({"seeds": "3"}, "seeds is '3', expected a whole number"),
+        ({"tune": "no"}, "tune is 'no', expected True or False"),
     ],
 )
 def test_bad_settings_say_what_to_change(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize("rates", [1e-2, np.float64(1e-2), (1e-2,), [1e-2], jnp.array(1e-2)])
+def test_one_learning_rate_is_a_grid_of_one(rates):
+    assert dataclasses.replace(SETTINGS, learning_rates=rates).learning_rates == (
+        pytest.approx(1e-2),
+    )
+    problem = dataclasses.replace(PROBLEM, learning_rates=rates)
+    assert front.settings_of(problem, 3).learning_rates == (pytest.approx(1e-2),)
+
+
+@pytest.mark.parametrize("begin", [front.run, front.diagnose])
+def test_no_learning_rates_are_those_of_the_problem(begin, monkeypatch):
+    class StoppedError(Exception):
+        pass
+
+    def stopped(problem, settings):
+        raise StoppedError(settings)
+
+    monkeypatch.setattr(front, "Setup", stopped)
+    monkeypatch.setattr(run, "Setup", stopped)
+    problem = dataclasses.replace(PROBLEM, learning_rates=3e-3, steps=20)
+    live = {"live": False} if begin is front.run else {}
+    for given in (None, (), [], {}):
+        settings = {} if given == {} else {"learning_rates": given, "steps": given}
+        with pytest.raises(StoppedError) as ended:
+            begin(problem, seeds=2, **live, **settings)
+        assert ended.value.args[0].learning_rates == (3e-3,)
+        assert ended.value.args[0].steps == 20
+    with pytest.raises(ValueError, match=r"steps is 20\.0, expected a whole number"):
+        begin(problem, **live, steps=20.0)
+    with pytest.raises(ValueError, match="steps is 0, expected at least 1"):
+        begin(problem, **live, steps=0)
 
 
 def test_bad_problems_say_what_to_change():
@@ -715,6 +1055,18 @@ def test_bad_problems_say_what_to_change():
     )
     refused("higher_is_better says nothing of the metric", higher_is_better={A: True})
     refused("says something of 1 tasks", present=lambda batch: True)
+    for value in (None, "a", 1j):
+        refused(
+            "metric 'x' is .*, expected one real number", metrics=lambda p, s, v=value: {"x": v}
+        )
+    refused("metrics returns a float, expected a dict", metrics=lambda params, split: 0.5)
+    refused("unit is None for the metric .*, expected a text", unit=None)
+    refused("unit is 3 for the metric '../<b>&', expected", unit={A: "", B: 3})
+    refused("is 'lower' for the metric .*, expected True or False", higher_is_better="lower")
+    refused("expected True or False, or a dict of them", higher_is_better={A: True, B: 1})
+    refused("Problem.options: no strategy is called 'dwe'; near it: dwa", options={"dwe": {}})
+    refused("dwa has no option 'heat'; there are: temperature", options={"dwa": {"heat": 1.0}})
+    refused("title is None, expected a text", title=None)
     refused("init returns a dict, expected the pair", stateful=True)
     refused(
         "there is state beside them", stateful=True, init=lambda key: (init(key), jnp.zeros(2)),
@@ -781,6 +1133,80 @@ def test_alike_tasks_have_nothing_to_treat():
     assert found.left == pytest.approx({"a": 0.4, "b": 0.4})
     slow = losses * np.linspace(1, 0.01, 10)[None, :, None] ** np.array([1, 0])
     assert diagnosis.of(("a", "b"), slow, 1 + 0 * losses, cosines).verdict == "pace"
+
+
+def seen_training(left=(0.4, 0.4), norms=(1.0, 1.0), cosine=0.1, start=(1.0, 1.3)):
+    """What a diagnosis is made from: two seeds, ten steps and looks, two tasks."""
+    shares = np.linspace(1, left, 10)
+    cosines = np.where(np.eye(2), 1.0, cosine)
+    return (
+        np.tile(shares * np.array(start), (2, 1, 1)),
+        np.tile(np.array(norms), (2, 10, 1)),
+        np.tile(cosines, (2, 10, 1, 1)),
+    )
+
+
+def test_a_training_that_diverged_is_no_training_with_nothing_to_treat():
+    losses, norms, cosines = seen_training()
+    nothing = diagnosis.of(("a", "b"), losses * np.nan, norms * np.nan, cosines * np.nan)
+    assert (nothing.verdict, nothing.recommended) == ("diverged", ("sum",))
+    assert str(nothing).startswith("The training under equal weights diverged")
+    assert "in 2 of 2 trainings" in nothing.reasons[0]
+    assert "smaller learning rate" in nothing.advice
+    assert nothing.as_dict()["losses"] == {"a": None, "b": None}
+    json.dumps(nothing.as_dict(), allow_nan=False)
+    losses[1, 5:], norms[1, 5:], cosines[1, 5:] = np.nan, np.inf, np.nan
+    once = diagnosis.of(("a", "b"), losses, norms, cosines)
+    assert once.verdict == "diverged"
+    assert "in 1 of 2 trainings" in once.reasons[0]
+    assert once.left == pytest.approx({"a": 0.4, "b": 0.4})  # of the one that ended
+    absent = seen_training()
+    absent[0][:, [0, -1], 1] = np.nan
+    assert diagnosis.of(("a", "b"), *absent).verdict == "nothing"
+
+
+def test_a_task_without_a_gradient_is_named():
+    found = diagnosis.of(("const", "b"), *seen_training(norms=(0.0, 2.0)))
+    assert "that of const was zero at every look" in found.reasons[0]
+    assert not any("times that of" in reason for reason in found.reasons[:3])
+    three = [np.concatenate([x, x[..., :1]], axis=-1) for x in seen_training(norms=(3.0, 0.0))[:2]]
+    three[1][..., 2] = 1.5
+    cosines = np.broadcast_to(np.eye(3), (2, 10, 3, 3))
+    found = diagnosis.of(("a", "const", "c"), *three, cosines)
+    assert any("that of a is 2 times that of c" in reason for reason in found.reasons)
+
+
+def test_paces_are_true_of_losses_that_reach_zero():
+    solved = diagnosis.of(("slow", "fast"), *seen_training(left=(0.5, 0.0)))
+    assert solved.verdict == "pace"
+    assert "and 0 % of that of fast: the paces differ." in solved.reasons[-1]
+    below = diagnosis.of(("slow", "nll"), *seen_training(left=(0.5, -1.0)))
+    assert below.reasons[-2] == "Pace: 50 % of the loss of slow is left at the end."
+    assert "Pace is not told of nll" in below.reasons[-1]
+    assert not any("left far behind" in reason for reason in (*solved.reasons, *below.reasons))
+
+
+def test_conflicts_are_counted_among_the_cosines_that_are_known():
+    losses, norms, cosines = seen_training(cosine=-0.9)
+    cosines[:, 3:, 0, 1] = np.nan  # 14 of 20
+    found = diagnosis.of(("a", "b"), losses, norms, cosines)
+    assert found.conflict_rate == 1
+    assert found.verdict == "conflict"
+
+
+def test_no_two_pairs_share_a_name():
+    names = ("a", "a-b", "b-c", "c")
+    losses, norms = np.ones((1, 2, 4)), np.ones((1, 2, 4))
+    cosines = np.arange(32.0).reshape(1, 2, 4, 4) / 32
+    found = diagnosis.of(names, losses, norms, cosines)
+    assert len(found.cosines) == 6
+    assert "'a'-'b-c'" in found.cosines
+    pairs = list(itertools.combinations(range(4), 2))
+    setup = types.SimpleNamespace(names=names, pairs=pairs, metric_names=[])
+    notes = dict.fromkeys(("validation", "test"), np.ones((1, 1, 2, 0)))
+    notes |= dict.fromkeys(("train_loss", "weights", "norm"), losses[:, None])
+    notes |= {"cosine": cosines[:, None], "wall_ratio": np.ones(()), "flops_ratio": np.ones(())}
+    assert selection._kept(setup, notes, 0)["cosine"].keys() == found.cosines.keys()
 
 
 def test_every_verdict_has_advice_from_the_catalog():

@@ -191,6 +191,27 @@ def test_an_option_of_another_type_is_named(name, option):
             row.factory(num_tasks=3, **{option: other}, **key)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name, row in mtl.STRATEGIES.items()
+        for option, default in row.options.items()
+        if isinstance(default, float)
+        and "Mapping" in str(inspect.signature(row.factory).parameters[option].annotation)
+    ],
+)
+def test_an_option_of_each_task_is_one_number_or_k_or_a_tree(name, option):
+    row = mtl.STRATEGIES[name]
+    key = {"key": jax.random.key(0)} if row.stochastic else {}
+    one = row.options[option]
+    for value in (one, [one] * 3, jnp.full(3, one), dict.fromkeys("abc", one)):
+        row.factory(num_tasks=3, **{option: value}, **key)
+    for wrong in ("no", jnp.nan, 2j):
+        with pytest.raises((TypeError, ValueError), match=f"{option}="):
+            row.factory(num_tasks=3, **{option: wrong}, **key)
+
+
 @pytest.mark.parametrize("name", sorted(mtl.STRATEGIES))
 def test_a_first_state_has_no_nan(name):
     """Or `jax_debug_nans` stops at it."""

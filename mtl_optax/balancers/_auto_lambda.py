@@ -93,6 +93,7 @@ def scale_by_auto_lambda(
     check_num_tasks(num_tasks)
     check_flag("softmax", softmax)
     check_option("learning_rate", learning_rate, lambda rate: rate > 0, "more than 0")
+    check_option("primary", primary, lambda p: p >= 0, "at least 0", each=True)
     # Adam's own eps of 1e-8 would slow the weights down where gradients are small.
     optimizer = optimizer or optax.adam(1e-4, eps=1e-15)
 

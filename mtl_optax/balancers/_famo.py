@@ -10,7 +10,7 @@ from mtl_optax._typing import TaskOption
 from mtl_optax._usable import positive_log, softmax_over, step_each
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import flatten_losses
-from mtl_optax.links import check_num_tasks, check_option, link, per_task
+from mtl_optax.links import FINITE, check_num_tasks, check_option, link, per_task
 from mtl_optax.states import PerTask
 
 
@@ -100,7 +100,7 @@ def scale_by_famo(
       <https://arxiv.org/abs/2306.03792>`_, 2023, algorithm 1.
     """
     check_num_tasks(num_tasks)
-    check_option("min_losses", min_losses, lambda x: abs(x) < float("inf"), "finite losses")
+    check_option("min_losses", min_losses, *FINITE, each=True)
     optimizer = optimizer or optax.chain(optax.add_decayed_weights(1e-3), optax.adam(0.025))
 
     def init_fn(params):

@@ -72,7 +72,7 @@ def scale_by_pareto(
     """
     check_num_tasks(num_tasks)
     check_choice("solver", solver, SOLVERS)
-    check_option("floors", floors, lambda c: c >= 0, "at least 0")
+    check_option("floors", floors, lambda c: c >= 0, "at least 0", each=True)
     _check_total(floors, num_tasks)
 
     def init_fn(params):

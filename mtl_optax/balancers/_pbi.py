@@ -10,6 +10,7 @@ from mtl_optax._typing import TaskOption
 from mtl_optax._usable import unit_vector
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import (
+    FINITE,
     check_num_tasks,
     check_option,
     check_preference,
@@ -83,6 +84,7 @@ def scale_by_pbi(
     check_num_tasks(num_tasks)
     check_preference(preference)
     check_option("penalty", penalty, lambda theta: theta >= 0, "at least 0")
+    check_option("reference", reference, *FINITE, each=True)
     usual_preference = preference
 
     def init_fn(params):

@@ -9,7 +9,7 @@ import optax
 from mtl_optax._numerics import divide
 from mtl_optax._usable import positive_log, softmax_when
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import COUNT, check_flag, check_num_tasks, check_option, link
+from mtl_optax.links import COUNT, FINITE, check_flag, check_num_tasks, check_option, link
 from mtl_optax.states import PerTask
 
 
@@ -85,7 +85,7 @@ def scale_by_softadapt(
     check_num_tasks(num_tasks)
     check_flag("normalize", normalize)
     check_flag("loss_weighted", loss_weighted)
-    check_option("beta", beta, lambda b: abs(b) < float("inf"), "a finite number")
+    check_option("beta", beta, *FINITE)
     check_option("window", window, *COUNT)
 
     def init_fn(params):

@@ -17,6 +17,7 @@ from mtl_optax._usable import (
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import (
     COUNT,
+    FINITE,
     check_choice,
     check_num_tasks,
     check_option,
@@ -112,6 +113,7 @@ def scale_by_stch(
     check_num_tasks(num_tasks)
     check_option("mu", mu, lambda m: m > 0, "more than 0")
     check_preference(preference)
+    check_option("reference", reference, *FINITE, each=True)
     check_choice("kind", kind, KINDS)
     if nadir is not None:
         check_option("nadir", nadir, lambda n: n > 0, "positive losses", each=True)

@@ -10,7 +10,14 @@ import optax
 
 from mtl_optax._usable import step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_choice, check_num_tasks, check_option, link, per_task_leaves
+from mtl_optax.links import (
+    FINITE,
+    check_choice,
+    check_num_tasks,
+    check_option,
+    link,
+    per_task_leaves,
+)
 from mtl_optax.states import PerTask
 
 Kind = Literal["regression", "classification"]
@@ -88,10 +95,7 @@ def scale_by_uncertainty(
       Tasks in Multi-task Learning <https://arxiv.org/abs/1805.06334>`_, 2018, eq. 6.
     """
     check_num_tasks(num_tasks)
-    check_option(
-        "initial_log_variance", initial_log_variance, lambda s: abs(s) < float("inf"),
-        "a finite number",
-    )  # fmt: skip
+    check_option("initial_log_variance", initial_log_variance, *FINITE)
     check_choice("kind", kind, KINDS)
     check_choice("regularizer", regularizer, REGULARIZERS)
     optimizer = optimizer or optax.adam(1e-2)

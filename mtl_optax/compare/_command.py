@@ -8,14 +8,16 @@ goes on.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 try:
     import matplotlib  # noqa: F401
@@ -49,7 +51,8 @@ class Options:
     without arguments that returns one. Several are compared one after the other."""
     out: Path | None = None
     """Folder to write to: results/compare/PROBLEM, or the folder of --from; of several problems
-    each gets a folder of its name in it, beside a picture of all."""
+    each gets a folder of its name in it (with the module, where names are alike), beside a picture
+    of all."""
     strategies: tuple[str, ...] = SHORTLIST
     """Strategies of the catalog, or all of them; by default a shortlist of every kind."""
     seeds: int = 5
@@ -90,18 +93,22 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ModuleNotFoundError, BlockingIOError) as error:
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
-        raise SystemExit(
-            f"error: {error}. What is finished is kept: start the same command again"
-        ) from error
+        kept = "" if options.from_ else ". What is finished is kept: start the same command again"
+        raise SystemExit(f"error: {error}{kept}") from error
 
 
 def _run(options: Options, argv: list[str], console: Console) -> None:
     if options.from_ is not None:
+        if not options.from_.is_file():
+            raise ValueError(
+                f"there is no file {options.from_}: --from takes the results.json of a comparison"
+            )
         comparison = Comparison.load(options.from_)
         _show(comparison, options.out or options.from_.parent, console)
         return
     if not options.problems:
         raise ValueError("no problem is given, expected my_module:problem")
+    folders = _folders(options.problems)
     problems = {target: load(target) for target in options.problems}
     if len(problems) > 1:
         titles = "; ".join(problem.title for problem in problems.values())
@@ -113,9 +120,9 @@ def _run(options: Options, argv: list[str], console: Console) -> None:
         if options.diagnose:
             console.print(Text(f"{problem.title}\n{_diagnosed(problem, options)}"))
             continue
-        out = options.out or DEFAULT_OUT / _name(target)
+        out = options.out or DEFAULT_OUT / folders[target]
         if options.out and len(problems) > 1:
-            out = options.out / _name(target)
+            out = options.out / folders[target]
         with shown(problem, console) as (on_progress, on_finished, warn):
             results = compared(
                 problem,
@@ -127,14 +134,22 @@ def _run(options: Options, argv: list[str], console: Console) -> None:
                 warn=warn,
             )
         command = shlex.join(["mtl-compare", *argv])
-        found[problem.title] = Comparison({"command": command, **results})
-        _show(found[problem.title], out, console)
+        found[target] = Comparison({"command": command, **results})
+        _show(found[target], out, console)
     if len(found) > 1:
-        for title, comparison in found.items():
-            console.print(Text(f"{title}: {comparison.answer}"))
-        picture = (options.out or DEFAULT_OUT) / TOGETHER
-        picture.write_bytes(plots.draw_together([c.results for c in found.values()]))
-        console.print(Text(f"side by side: {picture}"))
+        _show_together(found, options.out or DEFAULT_OUT, console)
+
+
+def _show_together(found: dict[str, Comparison], out: Path, console: Console) -> None:
+    titles = [comparison.results["problem"]["title"] for comparison in found.values()]
+    several = []
+    for (target, comparison), title in zip(found.items(), titles, strict=True):
+        name = title if titles.count(title) == 1 else f"{title} ({target})"
+        console.print(Text(f"{name}: {comparison.answer}"))
+        about = {**comparison.results["problem"], "title": name}
+        several.append({**comparison.results, "problem": about})
+    (out / TOGETHER).write_bytes(plots.draw_together(several))
+    console.print(Text(f"side by side: {out / TOGETHER}"))
 
 
 def _diagnosed(problem: Problem, options: Options) -> Diagnosis:
@@ -165,14 +180,7 @@ def load(target: str) -> Problem:
         raise ValueError(f"{target!r} is no place of a problem: expected my_module:problem")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as for python -m
-    if where.endswith(".py"):
-        if not Path(where).is_file():
-            raise ValueError(f"there is no file {where}")
-        spec: Any = importlib.util.spec_from_file_location(Path(where).stem, where)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(where)
+    module = _executed(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     found = getattr(module, name, None)
     if callable(found) and not isinstance(found, Problem):
         found = found()
@@ -184,8 +192,54 @@ def load(target: str) -> Problem:
     return found
 
 
+def _executed(path: Path) -> Any:
+    """The module in a file, as Python would run it: beside its neighbours, and found by name."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    path = path.resolve()
+    name, taken = path.stem, sys.modules.get(path.stem)
+    if taken is not None and getattr(taken, "__file__", None) != str(path):
+        name = f"{name}_{hashlib.sha256(str(path).encode(), usedforsecurity=False).hexdigest()[:8]}"
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _folders(targets: Sequence[str]) -> dict[str, str]:
+    """A folder of its own for each target: its name, with the module or the path where needed."""
+    twice = {target for target in targets if targets.count(target) > 1}
+    if twice:
+        raise ValueError(f"{min(twice)} is given twice: leave one out")
+    found = dict.fromkeys(targets, "")
+    for kind in (_name, _name_and_module, _name_and_path):
+        names = {target: kind(target) for target in targets}
+        alike = [name.casefold() for name in names.values()]  # as some file systems see them
+        for target, name in names.items():
+            if not found[target] and alike.count(name.casefold()) == 1:
+                found[target] = name
+    return found
+
+
 def _name(target: str) -> str:
     return target.rpartition(":")[2]
+
+
+def _name_and_module(target: str) -> str:
+    where = target.rpartition(":")[0]
+    module = Path(where).stem if where.endswith(".py") else where
+    return f"{module}.{_name(target)}"
+
+
+def _name_and_path(target: str) -> str:
+    return f"{quote(target.rpartition(':')[0], safe='')}.{_name(target)}"
 
 
 @contextlib.contextmanager

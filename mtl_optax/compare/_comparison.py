@@ -18,7 +18,7 @@ from mtl_optax.compare import (
     _train as train,
 )
 from mtl_optax.compare._diagnosis import Diagnosis
-from mtl_optax.compare._problem import Problem, Settings
+from mtl_optax.compare._problem import Problem, Settings, whole
 from mtl_optax.compare._run import compared
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, FORMAT
 from mtl_optax.compare._setup import Setup
@@ -85,7 +85,8 @@ class Comparison:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        store.write(folder / RESULTS, json.dumps(self.results).encode())
+        content = json.dumps(_without_nan(self.results), allow_nan=False)
+        store.write(folder / RESULTS, content.encode())
         pictures = plots.draw(self.results)
         for name, picture in pictures.items():
             store.write(folder / f"{name}.png", picture)
@@ -211,12 +212,12 @@ def diagnose(problem: Problem, *, seeds: int = 2, **settings: Any) -> Diagnosis:
       'scale'
     """
     # The middle of the grid is what one would have begun with.
-    steps = settings.pop("steps", None) or min(SHORT, problem.steps)
-    rates = sorted(settings.pop("learning_rates", problem.learning_rates))
-    settings.setdefault("checkpoints", max(n for n in range(1, 11) if steps % n == 0))
-    chosen = settings_of(
-        problem, seeds, steps=steps, learning_rates=(rates[len(rates) // 2],), **settings
-    )
+    settings = {"steps": min(SHORT, whole("steps", problem.steps))} | _given(settings)
+    steps = whole("steps", settings["steps"])
+    looks = max(n for n in range(1, 11) if steps % n == 0)
+    chosen = settings_of(problem, seeds, **{"checkpoints": looks} | settings)
+    rates = sorted(chosen.learning_rates)
+    chosen = dataclasses.replace(chosen, learning_rates=(rates[len(rates) // 2],))
     setup = Setup(problem, chosen)
     configs = next(train.blocks(setup, [{}]))
     program = train.build(setup, EQUAL_WEIGHTS, configs)
@@ -242,15 +243,28 @@ def settings_of(problem: Problem, seeds: int, **given: Any) -> Settings:
         if name not in known:
             raise ValueError(f"no setting is called {name!r}; there are {', '.join(sorted(known))}")
     own = {name: getattr(problem, name) for name in ("steps", "batch_size", "learning_rates")}
-    chosen = own | {name: value for name, value in given.items() if value not in (None, ())}
-    chosen["learning_rates"] = tuple(float(rate) for rate in chosen["learning_rates"])
-    return Settings(seeds=seeds, **chosen)
+    return Settings(seeds=seeds, **own | _given(given))
 
 
 def need(package: str) -> None:
     """Refuses to begin without a package of the extra."""
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"this needs {package}: {INSTALL}")
+
+
+def _without_nan(node: Any) -> Any:
+    """Results of an earlier version too may hold NaN, which is no JSON."""
+    if isinstance(node, dict):
+        return {name: _without_nan(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_without_nan(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """What was really given: None and nothing at all are the default."""
+    empty = lambda value: value is None or (isinstance(value, tuple | list) and not value)  # noqa: E731
+    return {name: value for name, value in settings.items() if not empty(value)}
 
 
 def _say(line: str) -> None:

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from mtl_optax.compare import _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
-from mtl_optax.compare._style import look, plain, subplots
+from mtl_optax.compare._style import look, subplots
+from mtl_optax.plots import plain
 
 MAX_PANELS = 12
 MAX_LINES = 5  # strategies in a picture of losses
@@ -27,7 +28,7 @@ def losses(results: dict[str, Any]) -> Figure | None:
             runs["single task"] = results["single_task"][task]["train_loss"][task]
         for i, (name, curve) in enumerate(runs.items()):
             axis.plot(results["window_steps"], _mean(curve), label=plain(name), **look(i))
-        if all(np.nanmin(np.array(curve, float)) > 0 for curve in runs.values()):
+        if not any(_has_zero({name: curve}) for name, curve in runs.items()):
             axis.set_yscale("log")
     _finish(figure, panels, "training loss, mean of the seeds")
     return figure
@@ -43,7 +44,8 @@ def weights(results: dict[str, Any]) -> Figure | None:
     for name, axis in panels.items():
         recorded = results["strategies"][name]["weights"]
         shares = np.stack([np.array(recorded[task], float) for task in tasks])  # (K, S, windows)
-        shares = shares / shares.sum(axis=0)
+        total = shares.sum(axis=0)
+        shares = shares / np.where(total == 0, np.nan, total)
         _lines(axis, results["window_steps"], dict(zip(tasks, shares, strict=True)))
         if len(tasks) <= summary.MAX_COLUMNS:
             axis.set_ylim(0, 1)
@@ -83,7 +85,9 @@ def norms(results: dict[str, Any]) -> Figure | None:
 
 
 def _has_zero(recorded: dict[str, Any]) -> bool:
-    return any(np.nan_to_num(np.array(norm, float)).min() <= 0 for norm in recorded.values())
+    """Whether something is 0 or less, or no number at all: no logarithm can show it."""
+    values = [np.array(value, float) for value in recorded.values()]
+    return any(np.any(value <= 0) or not np.isfinite(value).any() for value in values)
 
 
 def _mean(curve: Any) -> np.ndarray:

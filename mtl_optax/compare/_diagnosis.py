@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mtl_optax.summary import _pair_names
+
 # A gradient norm this many times another one's drowns it under equal weights.
 SCALES_APART = 5.0
 # Cosines: noise of a batch is beyond 0 half of the time, a conflict is well below it.
@@ -19,6 +21,7 @@ ADVICE = {
     "conflict": ("pcgrad", "upgrad", "cagrad"),
     "scale and conflict": ("imtl_g", "aligned_mtl", "nash_mtl"),
     "pace": ("dwa", "famo"),
+    "diverged": ("sum",),
     "nothing": ("sum",),
 }
 VERDICTS = {
@@ -26,6 +29,7 @@ VERDICTS = {
     "conflict": "The tasks conflict: their gradients often point against each other.",
     "scale and conflict": "The scales differ, and the tasks conflict.",
     "pace": "The tasks learn at different paces.",
+    "diverged": "The training under equal weights diverged, so that little can be said of it.",
     "nothing": "There is nothing to treat: keep equal weights, and look for what is missing in the "
     "data or the model.",
 }
@@ -36,7 +40,7 @@ class Diagnosis:
     """What was seen of a problem in a training under equal weights.
 
     Attributes:
-      verdict: "scale", "conflict", "scale and conflict", "pace" or "nothing".
+      verdict: "scale", "conflict", "scale and conflict", "pace", "diverged" or "nothing".
       recommended: names in the catalog to try, the cheapest first; `("sum",)` for nothing.
       reasons: a sentence for each thing that was looked at.
       norms: the typical norm of each task's gradient on the shared parameters.
@@ -44,6 +48,8 @@ class Diagnosis:
       conflict_rate: how often a cosine was below -0.2, over the pairs and the looks.
       losses: the loss of each task at the start.
       left: what is left of each loss at the end, as a share of the start.
+
+    A number that can't be told is NaN.
     """
 
     verdict: str
@@ -63,11 +69,19 @@ class Diagnosis:
         """What to try."""
         if self.verdict == "nothing":
             return "Try: nothing; a comparison will tell if a strategy helps all the same."
+        if self.verdict == "diverged":
+            return "Try: a smaller learning rate or clipped gradients, before any strategy."
         return f"Try: {', '.join(self.recommended)}."
 
     def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self) | {"says": VERDICTS[self.verdict], "advice": self.advice}
+        """Ready for JSON, with None for NaN."""
+        numbers = {
+            name: {key: _or_none(number) for key, number in getattr(self, name).items()}
+            for name in ("norms", "cosines", "losses", "left")
+        }
+        rate = {"conflict_rate": _or_none(self.conflict_rate)}
+        said = {"says": VERDICTS[self.verdict], "advice": self.advice}
+        return dataclasses.asdict(self) | numbers | rate | said
 
 
 def of(
@@ -83,68 +97,173 @@ def of(
     """
     rows, columns = np.triu_indices(len(names), 1)
     pairs = cosines[..., rows, columns].reshape(math.prod(cosines.shape[:-2]), len(rows))
+    diverged = _diverged(losses, norms[:, -1])
     typical = _typical(norms.reshape(-1, len(names)))
-    rate = float(np.nanmean(pairs < CONFLICT)) if pairs.size else 0.0
-    start, end = np.nanmean(losses[:, 0], axis=0), np.nanmean(losses[:, -1], axis=0)
+    known = pairs[np.isfinite(pairs)]
+    nothing = math.nan if pairs.size else 0.0
+    rate = float(np.mean(known < CONFLICT)) if known.size else nothing
+    start = _mean(_first_finite(losses))
+    end = _mean(np.where(diverged[:, np.newaxis], np.nan, _first_finite(losses[:, ::-1])))
     left = np.where(start > 0, end / np.where(start > 0, start, 1), np.nan)
 
-    usable = typical[typical > 0]
-    apart = float(usable.max() / usable.min()) if usable.size else 1.0
-    scale, conflict = apart >= SCALES_APART, rate >= OFTEN
-    known = left[np.isfinite(left) & (left > 0)]
-    paces = float(known.max() / known.min()) if known.size else 1.0
-    pace = paces >= PACES_APART
+    scale, norm_reasons = _scales(names, typical)
+    conflict = rate >= OFTEN
+    pace, pace_reasons = _paces(names, start, left)
     verdict = "nothing"
-    if scale or conflict:
+    if diverged.any():
+        verdict = "diverged"
+    elif scale or conflict:
         verdict = " and ".join(["scale"] * scale + ["conflict"] * conflict)
     elif pace:
         verdict = "pace"
-    large, small = names[int(np.nanargmax(typical))], names[int(np.nanargmin(typical))]
+    middle = _median(pairs)
     reasons = [
-        f"Gradient norms: that of {large} is {apart:.3g} times that of {small}"
-        + (": a balancer brings them to one scale." if scale else ", which is near enough."),
-        f"Conflict: {100 * rate:.0f} % of the cosines were below {CONFLICT}"
-        + (": an aggregator that heeds them can help." if conflict else "; that is rare."),
+        *_divergence(diverged),
+        *norm_reasons,
+        *_conflicts(middle, rate, conflict),
+        *_loss_scales(start),
+        *pace_reasons,
     ]
-    middle = np.nanmedian(pairs, axis=0) if pairs.size else np.zeros(0)
-    if len(middle):
-        low, high = f"{np.nanmin(middle):+.2f}", f"{np.nanmax(middle):+.2f}"
-        span = low if low == high else f"from {low} to {high}"
-        reasons.insert(1, f"Cosines of the tasks' gradients: typically {span}.")
-    if np.all(start > 0):
-        reasons.append(
-            f"Loss scales: the largest was {start.max() / start.min():.3g} times the smallest at "
-            "the start; weights of 1 / initial loss are the simplest remedy for that."
-        )
-    if known.size:
-        slow, fast = names[int(np.nanargmax(left))], names[int(np.nanargmin(left))]
-        reasons.append(
-            f"Pace: {_share(left, names, slow)} of the loss of {slow} is left at the end"
-            + (f", and {_share(left, names, fast)} of that of {fast}" if slow != fast else "")
-            + (": the paces differ." if pace else ": no task is left far behind.")
-        )
-    between = [f"{names[i]}-{names[j]}" for i, j in zip(rows, columns, strict=True)]
     return Diagnosis(
         verdict,
         ADVICE[verdict],
         tuple(reasons),
         _named(names, typical),
-        _named(between, middle),
+        _named(_pair_names(names), middle),
         rate,
         _named(names, start),
         _named(names, left),
     )
 
 
-def _typical(values: np.ndarray) -> np.ndarray:
-    positive = np.where(values > 0, values, np.nan)
-    with np.errstate(all="ignore"):
-        return np.nan_to_num(np.exp(np.nanmedian(np.log(positive), axis=0)))
+def _diverged(losses: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """In which seeds a training ended without numbers ``(S,)``, but for tasks that are absent."""
+    late = losses[:, -max(1, losses.shape[1] // 10) :]
+    no_loss = ~np.isfinite(late).any(axis=(1, 2)) & np.any(norms != 0, axis=1)
+    return no_loss | ~np.isfinite(norms).all(axis=1)
 
 
-def _share(left: np.ndarray, names: tuple[str, ...], name: str) -> str:
-    return f"{100 * left[names.index(name)]:.3g} %"
+def _divergence(diverged: np.ndarray) -> list[str]:
+    if not diverged.any():
+        return []
+    return [
+        f"Divergence: the losses or their gradients were no finite numbers at the end in "
+        f"{diverged.sum()} of {len(diverged)} trainings; what follows is of the numbers that were."
+    ]
+
+
+def _scales(names: tuple[str, ...], typical: np.ndarray) -> tuple[bool, list[str]]:
+    """Whether the norms of the gradients are far apart, and what is said of them."""
+    reasons = []
+    nothing = [name for name, norm in zip(names, typical, strict=True) if norm == 0]
+    if nothing:
+        reasons.append(
+            f"No gradient: on the shared parameters, that of {', '.join(nothing)} was zero at "
+            "every look: the loss does not depend on them, or has no labels there."
+        )
+    some = {name: norm for name, norm in zip(names, typical, strict=True) if norm > 0}
+    if len(some) < 2:
+        return False, reasons
+    large, small = max(some, key=some.__getitem__), min(some, key=some.__getitem__)
+    apart = float(some[large] / some[small])
+    reasons.append(
+        f"Gradient norms: that of {large} is {apart:.3g} times that of {small}"
+        + (
+            ": a balancer brings them to one scale."
+            if apart >= SCALES_APART
+            else ", which is near enough."
+        )
+    )
+    return apart >= SCALES_APART, reasons
+
+
+def _conflicts(middle: np.ndarray, rate: float, conflict: bool) -> list[str]:
+    known = middle[np.isfinite(middle)]
+    if not known.size:
+        return []
+    low, high = f"{known.min():+.2f}", f"{known.max():+.2f}"
+    span = low if low == high else f"from {low} to {high}"
+    return [
+        f"Cosines of the tasks' gradients: typically {span}.",
+        f"Conflict: {100 * rate:.0f} % of the cosines were below {CONFLICT}"
+        + (": an aggregator that heeds them can help." if conflict else "; that is rare."),
+    ]
+
+
+def _loss_scales(start: np.ndarray) -> list[str]:
+    if len(start) < 2 or not np.all(start > 0):
+        return []
+    return [
+        f"Loss scales: the largest was {start.max() / start.min():.3g} times the smallest at "
+        "the start; weights of 1 / initial loss are the simplest remedy for that."
+    ]
+
+
+def _paces(names: tuple[str, ...], start: np.ndarray, left: np.ndarray) -> tuple[bool, list[str]]:
+    """Whether one task is far behind another, and what is said of it."""
+    reasons = []
+    known = {name: share for name, share in zip(names, left, strict=True) if share >= 0}
+    below = [
+        name
+        for name, first, share in zip(names, start, left, strict=True)
+        if first <= 0 or share < 0
+    ]
+    apart = False
+    if known:
+        slow, fast = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+        # A loss that reached 0 is ahead of any that did not.
+        apart = bool(known[slow] > 0 and known[slow] >= PACES_APART * known[fast])
+        said = f"Pace: {_share(known[slow])} of the loss of {slow} is left at the end"
+        if slow != fast:
+            said += f", and {_share(known[fast])} of that of {fast}"
+            said += ": the paces differ" if apart else ": neither is left far behind"
+        reasons.append(f"{said}.")
+    if below:
+        reasons.append(
+            f"Pace is not told of {', '.join(below)}: the loss begins at or below zero or ends "
+            "below it, so that no share of it is left."
+        )
+    return apart, reasons
+
+
+def _first_finite(values: np.ndarray) -> np.ndarray:
+    """The first finite values along the axis of time, ``(S, K)``: a task may be absent at first."""
+    places = np.isfinite(values).argmax(axis=1)
+    found = np.take_along_axis(values, places[:, None], axis=1)[:, 0]
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def _typical(norms: np.ndarray) -> np.ndarray:
+    """The geometric median of what is above 0; 0 where all are, NaN where none is a number."""
+    finite = np.where(np.isfinite(norms), norms, np.nan)
+    positive = np.where(finite > 0, finite, np.nan)
+    zero = np.any(finite == 0, axis=0) & ~np.any(finite > 0, axis=0)
+    return np.where(zero, 0.0, np.exp(_median(np.log(positive))))
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    return of_finite(np.nanmean, values)
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    return of_finite(np.nanmedian, values)
+
+
+def of_finite(statistic: Any, values: np.ndarray) -> np.ndarray:
+    """A statistic over the first axis, NaN where nothing is finite."""
+    finite = np.isfinite(values)
+    some = finite.any(axis=0)
+    known = np.where(finite | ~some, np.where(finite, values, 0.0), np.nan)
+    return np.where(some, statistic(known, axis=0), np.nan) if len(values) else values
+
+
+def _share(left: float) -> str:
+    return f"{100 * left:.3g} %"
 
 
 def _named(names: Any, values: np.ndarray) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in zip(names, values, strict=True)}
+
+
+def _or_none(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -13,7 +13,8 @@ from matplotlib.transforms import Bbox
 
 from mtl_optax.compare import _curves as curves, _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
-from mtl_optax.compare._style import COLOURS, STYLE, plain, subplots
+from mtl_optax.compare._style import COLOURS, STYLE, subplots
+from mtl_optax.plots import plain
 
 MAX_LABELLED = 5  # strategies with a name in the plane; the others are grey dots
 UP, DOWN, LEVEL = COLOURS[0], COLOURS[1], "#777777"

@@ -1,14 +1,17 @@
 """What is to be compared: a user's own model, losses, data and metrics, as one object."""
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import mtl_optax as mtl
 
 MAX_NAME = 100  # characters
 
@@ -46,7 +49,7 @@ class Problem:
         every seed walks through permutations of its own. Or a function from an integer to an
         iterable of batches (NumPy, Grain, tf.data): it is called with a seed, and with another each
         time the batches run out, must give the same ones for the same integer, and batches of
-        another shape than the first one are passed over. Or a `Draw`.
+        another shape than the first one of seed 0 are passed over. Or a `Draw`.
       validation: what `metrics` takes to choose learning rates, weights and checkpoints.
       test: what `metrics` takes for the numbers that are reported.
       metrics: `metrics(params, split)`, a dict of numbers. It is compiled if it can be traced, and
@@ -57,12 +60,12 @@ class Problem:
         metric is a share, and shown in percent.
       steps: training steps.
       batch_size: examples in a batch, where `train` is arrays.
-      learning_rates: the grid from which every strategy gets its own.
+      learning_rates: the grid from which every strategy gets its own; or one rate for all.
       optimizer: from a learning rate, which is traced, and the number of steps to an Optax
         transformation.
-      present: `present(batch)`, which tasks have labels in a batch, bools like the losses; None if
-        all always have. Where a missing label is NaN, `labelled` says it. A loss without labels may
-        be anything, NaN too.
+      present: `present(batch)`, which tasks have labels in a batch, bools in a tree like the
+        losses, under the same names, or in their order; None if all always have. Where a missing
+        label is NaN, `labelled` says it. A loss without labels may be anything, NaN too.
       kpis: `kpis(params, batch)`, how well each task does, in [0, 1], like the losses; only `dtp`
         needs it.
       stateful: whether there is state beside the parameters, such as batch statistics or a random
@@ -86,7 +89,7 @@ class Problem:
     unit: str | Mapping[str, str] = ""
     steps: int = 1000
     batch_size: int = 128
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: Any = (1e-3, 3e-3, 1e-2)  # floats, or one
     optimizer: Callable[[jax.Array, int], optax.GradientTransformation] = adam
     present: Callable[[Any], Any] | None = None
     kpis: Callable[..., Any] | None = None
@@ -129,8 +132,10 @@ class Settings:
 
     def __post_init__(self):
         for field in ("seeds", "steps", "checkpoints", "batch_size", "candidates", "models"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}, expected at least 1")
+            object.__setattr__(self, field, whole(field, getattr(self, field)))
+        object.__setattr__(self, "learning_rates", rates_of(self.learning_rates))
+        if not isinstance(self.tune, bool):
+            raise ValueError(f"tune is {self.tune!r}, expected True or False")
         if not self.learning_rates:
             raise ValueError("learning_rates is empty, expected at least one learning rate")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
@@ -160,14 +165,80 @@ def check_names(what: str, names: Sequence[Any]) -> None:
         raise ValueError(f"two {what}s are called {min(twice)!r}: rename one")
 
 
-def by_name(value: Any, names: Sequence[str], what: str) -> dict[str, Any]:
+def check_numbers(metrics: Mapping[str, Any]) -> None:
+    """Refuses metrics that are no numbers, before anything is trained."""
+    if not metrics:
+        raise ValueError("metrics returns an empty dict, expected at least one metric")
+    for name, value in metrics.items():
+        if np.shape(value) != ():
+            raise ValueError(f"metric {name!r} has shape {np.shape(value)}, expected one number")
+        if not _is_number(value):
+            raise ValueError(f"metric {name!r} is {_described(value)}, expected one real number")
+
+
+def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses options that no strategy would get."""
+    for name, told in options.items():
+        if name not in mtl.STRATEGIES:
+            try:
+                mtl.make(name, 1)
+            except ValueError as error:  # says which names are near
+                raise ValueError(f"Problem.options: {error}") from None
+        takes = inspect.signature(mtl.STRATEGIES[name].factory).parameters
+        if any(takes[option].kind is inspect.Parameter.VAR_KEYWORD for option in takes):
+            continue
+        for option in told:
+            if option not in takes:
+                known = ", ".join(mtl.STRATEGIES[name].options) or "none"
+                raise ValueError(
+                    f"Problem.options: {name} has no option {option!r}; there are: {known}"
+                )
+
+
+def check_texts(**texts: Any) -> None:
+    """Refuses what a report could not show."""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {_shortened(text)}, expected a text")
+
+
+def whole(name: str, value: Any) -> int:
+    """A setting that counts something."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} is {value!r}, expected a whole number, such as 20")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return int(value)
+
+
+def rates_of(given: Any) -> tuple[float, ...]:
+    """Learning rates from several, or from one."""
+    alone = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    if alone or getattr(given, "ndim", 1) == 0:
+        given = (given,)
+    rates = tuple(given)
+    for rate in rates:
+        if isinstance(rate, str | bytes | bool | np.bool_) or not _is_number(rate):
+            raise ValueError(
+                f"learning_rates has {rate!r} in it, expected numbers, such as (1e-3, 1e-2)"
+            )
+    return tuple(float(rate) for rate in rates)
+
+
+def by_name(value: Any, names: Sequence[str], what: str, kind: type, expected: str) -> dict:
     """One value for all names, or a mapping that has each of them."""
     if not isinstance(value, Mapping):
-        return dict.fromkeys(names, value)
+        value = dict.fromkeys(names, value)
     missing = [name for name in names if name not in value]
     if missing:
         raise ValueError(f"{what} says nothing of the metric {missing[0]!r}: add it")
-    return {name: value[name] for name in names}
+    for name in names:
+        if not isinstance(value[name], (kind, np.bool_) if kind is bool else kind):
+            raise ValueError(
+                f"{what} is {value[name]!r} for the metric {name!r}, expected {expected}, or a "
+                "dict of them by metric"
+            )
+    return {name: kind(value[name]) for name in names}
 
 
 def batch_order(settings: Settings, num_examples: int) -> np.ndarray:
@@ -194,3 +265,25 @@ def batch_order(settings: Settings, num_examples: int) -> np.ndarray:
 def _shortened(name: Any) -> str:
     text = repr(name)
     return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, jax.ShapeDtypeStruct | jax.Array):
+        return (
+            jnp.issubdtype(value.dtype, jnp.bool_)
+            or jnp.issubdtype(value.dtype, jnp.floating)
+            or jnp.issubdtype(value.dtype, jnp.integer)
+        )
+    if isinstance(value, str | bytes | complex | np.complexfloating):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return f"of type {value.dtype}"
+    return _shortened(value)

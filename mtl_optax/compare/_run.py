@@ -62,13 +62,15 @@ def compared(
     with store.locked(folder) if folder else contextlib.nullcontext():
         setup = Setup(problem, settings)
         jobs = [EQUAL_WEIGHTS, train.STATIC, *names]
-        common = {**setup.facts(), "versions": _packages()}
+        common = {} if folder is None else {**setup.facts(), "versions": _packages()}
         trainer = _Trainer(setup, on_progress, jobs)
         notes: dict[str, Notes] = {}
         for name in jobs:
-            path = folder and folder / f"{_file_name(name)}.run"
-            facts = common | {"settings": _asked(settings), "trials": len(trainer.variants[name])}
-            known = path and store.load(path, facts, warn)
+            path, facts, known = None, {}, None
+            if folder is not None:
+                path = folder / f"{_file_name(name)}.run"
+                facts = {**common, "settings": _asked(settings), **trainer.facts(name)}
+                known = store.load(path, facts, warn)
             if known:
                 trainer.skip(name)
             else:
@@ -129,12 +131,14 @@ class _Trainer:
         """Counts a job that needs no training."""
         self._report(f"found {name}", self._work(name))
 
+    def facts(self, name: str) -> dict[str, Any]:
+        """What the notes of a job depend on, beside what all depend on."""
+        return train.facts(self._setup, name, self._variants(name))
+
     def notes(self, name: str) -> Notes:
         """The notes of a whole training under every configuration."""
         self._report(f"compiling {name}")
-        variants = self.variants[name]
-        if name == train.STATIC:
-            variants = [weights for _, weights in variants]
+        variants = self._variants(name)
         program, parts = None, []
         for configs in train.blocks(self._setup, variants):
             if program is None:
@@ -203,12 +207,13 @@ class _Trainer:
 
     def _work(self, name: str) -> int:
         """Compiling, and a look at each checkpoint of each block."""
+        looks = self._setup.settings.checkpoints
+        return 1 + looks * sum(1 for _ in train.blocks(self._setup, self._variants(name)))
+
+    def _variants(self, name: str) -> list[Any]:
+        """Options, or of `STATIC` the weights without their kind."""
         variants = self.variants[name]
-        if name == train.STATIC:
-            variants = [weights for _, weights in variants]
-        return 1 + self._setup.settings.checkpoints * sum(
-            1 for _ in train.blocks(self._setup, variants)
-        )
+        return [weights for _, weights in variants] if name == train.STATIC else variants
 
     def _report(self, what: str, done: int = 0) -> None:
         self._done += done

@@ -1,5 +1,6 @@
 """Choosing on the validation set what was tuned, and keeping what the choice led to."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import num_examples
 from mtl_optax.compare._statistics import Estimate
 from mtl_optax.compare._train import ALONE, INVERSE, RANDOM, STATIC
+from mtl_optax.summary import _pair_names
 
 FORMAT = 2  # of results.json
 EQUAL_WEIGHTS = "sum"  # the strategy that all others are held against
@@ -33,8 +35,9 @@ def choose(
 
     The best configuration has the largest mean over seeds of what each seed reaches at its best
     checkpoint: the mean relative gain (Δm) of the validation metrics over single-task models, or
-    over equal weights where there are none. Equal weights and the inverse initial losses are
-    candidates of the tuned static weights, which therefore are never worse on the validation set.
+    over equal weights where there are none. Whatever is finite in more seeds comes first. Equal
+    weights and the inverse initial losses are candidates of the tuned static weights, which
+    therefore are never worse on the validation set.
 
     Args:
       setup: what was trained.
@@ -49,9 +52,9 @@ def choose(
         higher = [setup.higher[metrics[i]] for i in counted]
         values = job["validation"][..., counted]
         gains = np.mean(np.where(higher, 1, -1) * (values - reference) / np.abs(reference), axis=-1)
-        gains = np.nan_to_num(gains, nan=-np.inf, posinf=-np.inf)
+        gains = np.where(np.isfinite(gains), gains, -np.inf)
         looks = gains.argmax(axis=2)  # (S, C)
-        config = int(gains.max(axis=2).mean(axis=0).argmax())
+        config = _best_config(gains.max(axis=2))
         kept = _kept(setup, job, config)
         return config, {
             "rate": rates[config % len(rates)],
@@ -66,8 +69,8 @@ def choose(
     tuned = {title: np.concatenate([job[title] for job in pool], axis=1) for title in PER_CONFIG}
 
     # One metric alone is best where it is best against any number, such as 1.
-    numbers = np.isfinite(equal["validation"]).any(axis=(0, 1, 2))
-    everything = np.flatnonzero(numbers).tolist() or list(range(len(metrics)))
+    everything = _with_numbers(equal) or _with_numbers(tuned, *(notes[name] for name in strategies))
+    everything = everything or list(range(len(metrics)))
     ones = np.ones(len(everything))
     singles = {}
     for i, name in enumerate(metrics if setup.singles else []):
@@ -78,9 +81,10 @@ def choose(
     samples = {name: at_best(runs[name], "validation", name) for name in metrics}
     left_out = [name for name in metrics if _near_zero(samples[name], setup.higher[name])]
     if len(left_out) == len(metrics):
-        left_out = []
+        known = [i for i, name in enumerate(metrics) if np.isfinite(samples[name]).any()]
+        left_out = [name for i, name in enumerate(metrics) if i not in (known or everything)]
     counted = [i for i, name in enumerate(metrics) if name not in left_out]
-    reference = np.array([samples[metrics[i]].mean() or 1.0 for i in counted])
+    reference = np.array([_reference(samples[metrics[i]]) for i in counted])
 
     jobs = {
         EQUAL_WEIGHTS: equal,
@@ -135,10 +139,31 @@ def at_best(run: dict[str, Any], split: str, metric: str) -> np.ndarray:
     return values[np.arange(len(values)), run["best"]]
 
 
+def _best_config(reached: np.ndarray) -> int:
+    """Of what each seed reached ``(S, C)``: finite in most seeds, then the largest mean of them."""
+    finite = np.isfinite(reached)
+    count = finite.sum(axis=0)
+    mean = np.where(finite, reached, 0.0).sum(axis=0) / np.maximum(count, 1)
+    return int(np.lexsort((-mean, -count))[0])
+
+
+def _with_numbers(*jobs: Notes) -> list[int]:
+    """The metrics that are a number anywhere."""
+    known = [np.isfinite(job["validation"]).any(axis=(0, 1, 2)) for job in jobs]
+    return np.flatnonzero(np.any(known, axis=0)).tolist()
+
+
+def _reference(samples: np.ndarray) -> float:
+    """What relative gains are of; 1 where it is 0, or no number as that of a diverged training."""
+    known = samples[np.isfinite(samples)]
+    return float(known.mean() if known.size else 1.0) or 1.0
+
+
 def _near_zero(samples: np.ndarray, higher_is_better: bool) -> bool:
-    mean, half = Estimate.of(samples)
-    if not np.isfinite(mean):
+    known = samples[np.isfinite(samples)]
+    if not known.size:
         return True
+    mean, half = Estimate.of(known)
     return bool(mean - np.nan_to_num(half) <= 0 or (higher_is_better and mean < CLEARLY_ABOVE))
 
 
@@ -162,12 +187,14 @@ def _about(name: str) -> dict[str, str]:
 
 def _kept(setup: Setup, notes: Notes, config: int) -> dict[str, Any]:
     """The notes of one configuration by the names of tasks and metrics: one list a seed."""
-    pairs = {f"{setup.names[i]}-{setup.names[j]}": (i, j) for i, j in setup.pairs}
+    pairs = dict(zip(_pair_names(setup.names), setup.pairs, strict=True))
     cosines = {pair: notes["cosine"][:, config, :, i, j] for pair, (i, j) in pairs.items()}
     if len(pairs) > MAX_PAIRS:
         every = np.stack(list(cosines.values()))
         cosines = {
-            f"{share} % of the pairs are below": np.nanpercentile(every, share, axis=0)
+            f"{share} % of the pairs are below": diagnosis.of_finite(
+                functools.partial(np.nanpercentile, q=share), every
+            )
             for share in (10, 50, 90)
         }
     return {

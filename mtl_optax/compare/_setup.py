@@ -1,10 +1,8 @@
 """A problem made ready: its parameters for every seed, its names, what a model is measured by."""
 
 import hashlib
-import inspect
 import itertools
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,19 @@ import numpy as np
 from flax import nnx
 
 import mtl_optax as mtl
-from mtl_optax.compare._problem import Problem, Settings, by_name, check_names
+from mtl_optax.compare import _hashes as hashes
+from mtl_optax.compare._problem import (
+    Problem,
+    Settings,
+    by_name,
+    check_names,
+    check_numbers,
+    check_options,
+    check_texts,
+)
 from mtl_optax.compare._source import num_examples, source_of
+from mtl_optax.jacobian import task_names
+from mtl_optax.links import present_tasks
 
 AT_ONCE = 8  # models that are measured side by side, at most,
 EXAMPLES = 1 << 17  # on no more examples in all: what a model makes of them is held
@@ -38,6 +47,8 @@ class Setup:
 
     def __init__(self, problem: Problem, settings: Settings):
         self.problem, self.settings = problem, settings
+        check_options(problem.options)
+        check_texts(title=problem.title, source=problem.source)
         self.source = source_of(problem, settings)
         models = [problem.init(jax.random.key(seed)) for seed in range(settings.seeds)]
         self._graphdef = None
@@ -59,7 +70,7 @@ class Setup:
         self.params, self.rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
         one = self.one_seed(0)
         shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
-        self.names = shapes.names
+        self._jacobian, self.names = shapes, shapes.names
         self.pairs = list(itertools.combinations(range(len(self.names)), 2))
         check_names("task", self.names)
         self._validation, self._test = problem.validation, problem.test
@@ -69,22 +80,22 @@ class Setup:
         self.metric_names: list[str] = []
 
         def measure() -> dict[str, Any]:
-            found = dict(problem.metrics(*self.given(*one), self._validation))
+            found = problem.metrics(*self.given(*one), self._validation)
+            if not isinstance(found, Mapping):
+                raise ValueError(
+                    f"metrics returns a {type(found).__name__}, expected a dict of numbers by name"
+                )
             # Here, since what comes out of a trace is sorted by name.
             self.metric_names = list(found)
-            return found
+            return dict(found)
 
         found = jax.eval_shape(measure) if self._traced else measure()
         check_names("metric", self.metric_names)
-        if not found:
-            raise ValueError("metrics returns an empty dict, expected at least one metric")
-        for name, value in found.items():
-            if np.shape(value) != ():
-                raise ValueError(
-                    f"metric {name!r} has shape {np.shape(value)}, expected one number"
-                )
-        self.higher = by_name(problem.higher_is_better, self.metric_names, "higher_is_better")
-        self.unit = by_name(problem.unit, self.metric_names, "unit")
+        check_numbers(found)
+        self.higher = by_name(
+            problem.higher_is_better, self.metric_names, "higher_is_better", bool, "True or False"
+        )
+        self.unit = by_name(problem.unit, self.metric_names, "unit", str, "a text")
         self.singles = set(self.metric_names) <= set(self.names)
         self.initial_losses = np.asarray(jax.jit(jax.vmap(self._first_losses))(
             self.params, self.rest, jax.tree.map(lambda x: x[:, 0], self.source.first)
@@ -135,14 +146,26 @@ class Setup:
         """Which tasks a batch has labels of, ``(K,)``."""
         if self.problem.present is None:
             return jnp.ones(len(self.names), bool)
-        leaves = jax.tree.leaves(self.problem.present(batch))
-        present = jnp.concatenate([jnp.ravel(jnp.asarray(leaf, bool)) for leaf in leaves])
-        if present.shape != (len(self.names),):
+        given = self.problem.present(batch)
+        size, ours = sum(map(jnp.size, jax.tree.leaves(given))), ", ".join(self.names)
+        if size != len(self.names):
             raise ValueError(
-                f"present(batch) says something of {present.size} tasks, expected the "
-                f"{len(self.names)} of the losses: {', '.join(self.names)}"
+                f"present(batch) says something of {size} tasks, expected the "
+                f"{len(self.names)} of the losses: {ours}"
             )
-        return present
+        theirs = task_names(given)
+        if isinstance(given, Mapping) and theirs != self.names:
+            raise ValueError(
+                f"present(batch) names the tasks {', '.join(theirs)}, expected those of the "
+                f"losses: {ours}"
+            )
+        for leaf in jax.tree.leaves(given):
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
+                raise ValueError(
+                    f"present(batch) has values of type {jnp.result_type(leaf)}, expected a bool "
+                    "a task: compare them with 0"
+                )
+        return present_tasks(given, self._jacobian)
 
     def evaluate(self, params: Any, rest: Any) -> tuple[np.ndarray, np.ndarray]:
         """Validation and test metrics ``(S, C, M)`` of models with the axes ``(S, C)``."""
@@ -158,7 +181,7 @@ class Setup:
         return values[0], values[1]
 
     def facts(self) -> dict[str, Any]:
-        """Hashes of what the numbers depend on: the data, the problem's program, this library."""
+        """Hashes of what all numbers depend on: the data, the problem's program, this library."""
         one, source = self.one_seed(0), self.source
         item = jax.tree.map(lambda x: x[0, 0], source.first)
 
@@ -168,18 +191,19 @@ class Setup:
             grads = jac.pullback(jnp.ones(len(self.names)))
             tx = self.problem.optimizer(jnp.float32(1.0), self.settings.steps)
             kpis = self.problem.kpis and self.problem.kpis(*self.given(params, rest), batch)
-            return losses, tx.update(grads, tx.init(params), params)[0], self.present(batch), kpis
+            updates = tx.update(grads, tx.init(params), params)[0]
+            looked_at = self._geometry(params, rest, source.probe)
+            return losses, updates, self.present(batch), kpis, looked_at
 
         data = (source.data, source.first, self.params, self.rest, self._validation, self._test)
-        measured = _hash_of_function(self.problem.metrics)
         if self._traced:
-            measured = _hash_of_program(self._metrics, *one, self._validation)
-        options = {**self.problem.options, "jac": {**self.problem.jac}}
+            measured = hashes.of_program(self._metrics, *one, self._validation)
+        else:
+            measured = hashes.of_function(self.problem.metrics)
         return {
-            "data": _hash_of_arrays(jax.tree.leaves(data)),
-            "program": _hash_of_program(program, *one, source.data, item),
+            "data": hashes.of_values(data),
+            "program": hashes.of_program(program, *one, source.data, item),
             "metrics": measured,
-            "options": _without_addresses(repr(options)),
             "code": code_hash(),
         }
 
@@ -239,32 +263,3 @@ def code_hash(root: Path | None = None) -> str:
         if path.parent.name != "compare" or path.name not in NOT_TRAINED:
             found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
-
-
-def _hash_of_arrays(leaves: list[Any]) -> str:
-    found = hashlib.sha256(usedforsecurity=False)
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if hasattr(leaf, "dtype"):
-            array = np.ascontiguousarray(leaf)
-            found.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-    return found.hexdigest()
-
-
-def _hash_of_program(function: Callable[..., Any], *args: Any) -> str:
-    jaxpr = jax.make_jaxpr(function)(*args)
-    text = _without_addresses(str(jaxpr)) + _hash_of_arrays(jaxpr.consts)
-    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _hash_of_function(function: Callable[..., Any]) -> str:
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):  # typed into a prompt, or an object that can be called
-        text = _without_addresses(repr(function))
-    return hashlib.sha256(text.encode(), usedforsecurity=False).hexdigest()
-
-
-def _without_addresses(text: str) -> str:
-    return re.sub(r"0x[0-9a-f]+", "", text)

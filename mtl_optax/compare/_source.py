@@ -15,6 +15,7 @@ import numpy as np
 from mtl_optax.compare._problem import Draw, Problem, Settings, batch_order
 
 NUM_PROBED = 256  # training examples on which gradients are looked at
+MAX_SHAPES = 3  # in a message
 MAX_BYTES = 1 << 26  # of the batches of an iterable that are handed over at once
 
 
@@ -82,31 +83,32 @@ def _drawn(draw: Draw, settings: Settings) -> Source:
 
 
 def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
-    def forever(seed: int) -> Iterator[Any]:
-        shapes, epoch = None, 0
+    def forever(seed: int, shapes: list[tuple[int, ...]] | None = None) -> Iterator[Any]:
+        epoch = 0
         while True:
-            some = False
+            some, others = False, []
             # Numbers that no other seed and epoch shares, as long as there are under a million.
-            for batch in factory(seed + 1_000_003 * epoch):
+            number = seed + 1_000_003 * epoch
+            for batch in factory(number):
                 shapes = shapes or _shapes(batch)
                 if _shapes(batch) == shapes:
                     some = True
                     yield batch
+                elif _shapes(batch) not in others:
+                    others.append(_shapes(batch))
             if not some:
-                raise ValueError(
-                    f"train({seed + 1_000_003 * epoch}) yields no batch: it must return the "
-                    "batches of an epoch anew each time it is called"
-                )
+                raise ValueError(_no_batch(number, shapes, others))
             epoch += 1
 
     first = next(forever(0))
+    shapes = _shapes(first)  # of all seeds
     size = settings.seeds * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
     between = settings.steps_per_checkpoint
     at_once = max(1, min(between, MAX_BYTES // max(size, 1)))
     steps = max(n for n in range(1, at_once + 1) if between % n == 0)
 
     def items() -> Iterator[Any]:
-        streams = [forever(seed) for seed in range(settings.seeds)]
+        streams = [forever(seed, shapes) for seed in range(settings.seeds)]
         for _ in range(settings.steps // steps):
             rows = [_stacked([next(stream) for _ in range(steps)]) for stream in streams]
             yield jax.device_put(_stacked(rows))
@@ -118,6 +120,20 @@ def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
         first=next(items()),
         steps=steps,
         probe=jax.tree.map(jnp.asarray, first),
+    )
+
+
+def _no_batch(number: int, expected: Any, others: list[Any]) -> str:
+    if not others:
+        return (
+            f"train({number}) yields no batch: it must return the batches of an epoch anew each "
+            "time it is called"
+        )
+    came = " or ".join(map(str, others[:MAX_SHAPES])) + ", ..." * (len(others) > MAX_SHAPES)
+    return (
+        f"train({number}) yields batches with arrays of the shapes {came}, but none of {expected}, "
+        "those of the first batch of train(0), to which all must conform: yield batches of one "
+        "size, or at least one of it in an epoch"
     )
 
 

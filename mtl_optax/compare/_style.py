@@ -4,10 +4,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by all; lines also differ in style, points in shape.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES: Any = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-MARKERS = "osD^vP<X>phd*8H"
+from mtl_optax import plots
+
+# Those of `mtl.plots`, with black last, since references are drawn in it.
+COLOURS = sorted(plots._COLOURS, key="#000000".__eq__)
+LINES: Any = plots._LINES
+MARKERS = f"{plots._MARKERS}phd*8H"
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -26,12 +28,6 @@ STYLE: Any = {
 def look(i: int) -> dict[str, Any]:
     """Colour and line style number `i`."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-
-
-def plain(text: str) -> str:
-    """A user's text, in which Matplotlib reads no formula and from which it hides no label."""
-    escaped = text.replace("$", r"\$")
-    return f" {escaped}" if escaped.startswith("_") else escaped
 
 
 def subplots(*shape: int, figsize: tuple[float, float], **options: Any) -> tuple[Figure, Any]:

@@ -73,22 +73,22 @@ def rows(results: dict[str, Any]) -> list[Row]:
     values = {name: of(run) for name, run in runs.items()}
     every = np.stack(list(values.values()))
     ranks = dict(zip(values, np.asarray(mean_rank(every, higher_is_better=higher)), strict=True))
-    worst = np.where(higher, np.nanmin(every, axis=(0, 1)), np.nanmax(every, axis=(0, 1)))
+    signs = np.where(higher, 1.0, -1.0)
+    worst = signs * np.where(np.isfinite(every), signs * every, np.inf).min(axis=(0, 1))
+    worst = np.where(np.isfinite(worst), worst, np.nan)
     if singles:
         runs[SINGLE_TASK] = singles
         values[SINGLE_TASK] = of(singles)
     baseline = values[SINGLE_TASK if singles else EQUAL_WEIGHTS]
 
     def against_baseline(values: np.ndarray) -> np.ndarray:
-        signs = np.where([higher[i] for i in counted], 1.0, -1.0)
         base = baseline[:, counted]
         base = np.where(base == 0, 1.0, base)
-        return 100 * np.mean(signs * (values[:, counted] - base) / np.abs(base), axis=1)
+        return 100 * np.mean(signs[counted] * (values[:, counted] - base) / np.abs(base), axis=1)
 
     deltas = {name: against_baseline(value) for name, value in values.items()}
     verdicts = judged({name: deltas[name] for name in strategies})
     unit = np.where([percent(results, m) for m in metrics], 100.0, 1.0)
-    signs = np.where(higher, 1, -1)
 
     def row(name: str) -> Row:
         alone = name == SINGLE_TASK
@@ -119,7 +119,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
         )
 
     body = [row(name) for name in strategies]
-    body.sort(key=lambda r: -np.nan_to_num(r.delta_m.mean, nan=-np.inf))
+    # Against a baseline that diverged there is no Δm, but there are ranks.
+    place = {name: rank.mean() for name, rank in ranks.items()}
+    body.sort(key=lambda r: (-np.nan_to_num(r.delta_m.mean, nan=-np.inf), place[r.name]))
     return [row(SINGLE_TASK), *body] if singles else body
 
 
@@ -150,6 +152,61 @@ def answer(results: dict[str, Any]) -> str:
     """One sentence: what to prefer here, by how much and at what cost, or that nothing helps."""
     lines = {row.name: row for row in rows(results)}
     seeds = results["settings"]["seeds"]
+    failed = diverged(results)
+    lost = failed.get(EQUAL_WEIGHTS, [])
+    if not np.isfinite(lines[EQUAL_WEIGHTS].gain.mean) and lost:
+        return _without_reference(lines, failed, seeds)
+    if not _numbers(results):
+        return (
+            "No metric is a finite number under any strategy, so that nothing can be compared: "
+            "look at what metrics returns."
+        )
+    said = _compared(lines, seeds)
+    if lost:
+        return f"Equal weights diverged in {len(lost)} of {seeds} seeds. {said}"
+    return said
+
+
+def diverged(results: dict[str, Any]) -> dict[str, list[int]]:
+    """The seeds in which a strategy ended with what is no finite number, where there are any."""
+    metrics, found = _numbers(results), {}
+    for name, run in results["strategies"].items():
+        measured = [np.isfinite(_array(run, "test", metric)[:, -1]) for metric in metrics]
+        # A metric such as an accuracy is a number whatever the parameters are.
+        losses = [np.isfinite(_array(run, "train_loss", task)[:, -1]) for task in run["train_loss"]]
+        fine = np.all(measured, axis=0) & np.any(losses, axis=0)
+        if not fine.all():
+            found[name] = np.flatnonzero(~fine).tolist()
+    return found
+
+
+def _numbers(results: dict[str, Any]) -> list[str]:
+    """The metrics that are a finite number anywhere."""
+    strategies = results["strategies"].values()
+    return [
+        metric
+        for metric in results["problem"]["metrics"]
+        if any(np.isfinite(_array(run, "test", metric)).any() for run in strategies)
+    ]
+
+
+def _array(run: dict[str, Any], what: str, name: str) -> np.ndarray:
+    return np.array(run[what][name], float)
+
+
+def _without_reference(lines: dict[str, Row], failed: dict[str, list[int]], seeds: int) -> str:
+    """The answer where equal weights have no numbers that others could be held against."""
+    said = (
+        f"Equal weights diverged in {len(failed[EQUAL_WEIGHTS])} of {seeds} seeds, so that nothing "
+        "can be held against them"
+    )
+    finished = [r for r in lines.values() if r.name != SINGLE_TASK and r.name not in failed]
+    if not finished:
+        return f"{said}; nothing else finished in all seeds: try smaller learning rates."
+    return f"{said}; with finite numbers in all seeds finished {_listed(finished)}."
+
+
+def _compared(lines: dict[str, Row], seeds: int) -> str:
     if seeds < 3:
         return f"{seeds} seed(s) say nothing about chance: run 3 or more to compare."
     better = [r for r in lines.values() if r.verdicts.get(EQUAL) == "↑"]
@@ -181,6 +238,11 @@ def answer(results: dict[str, Any]) -> str:
         key=lambda r: np.nan_to_num(r.gain.mean, nan=-np.inf),
     )
     count = sum(name not in (SINGLE_TASK, EQUAL_WEIGHTS) for name in lines)
+    if not np.isfinite(closest.gain.mean):
+        return (
+            f"Nothing is shown to beat equal weights here: none of {count} others has a Δm in all "
+            "seeds."
+        )
     return (
         f"Nothing is shown to beat equal weights here: of {count} others the best, "
         f"{closest.label}, differs by {closest.gain.text(signed=True)} points of Δm, which is not "
@@ -198,8 +260,13 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results["left_out"]:
         said.append(
             f"Δm leaves out {', '.join(results['left_out'])}: the baseline's metric is not clearly "
-            "above zero, so that a relative change of it says nothing."
+            "above zero, or no number, so that a relative change of it says nothing."
         )
+    ended = diverged(results)
+    if ended:
+        seeds = results["settings"]["seeds"]
+        each = [f"{r.label} ({_seeds(ended[r.name], seeds)})" for r in lines if r.name in ended]
+        said.append(f"Ended with numbers that are not finite: {', '.join(each)}.")
     if (
         lines[0].name == SINGLE_TASK
         and lines[1].delta_m.mean + np.nan_to_num(lines[1].delta_m.half) < 0
@@ -311,6 +378,12 @@ def _listed(lines: list[Row]) -> str:
     names = [row.label for row in lines]
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
+
+
+def _seeds(which: list[int], seeds: int) -> str:
+    if len(which) == seeds:
+        return "all seeds"
+    return f"seed{'s' * (len(which) > 1)} {', '.join(map(str, which))}"
 
 
 def _points(estimate: Estimate) -> str:

@@ -6,7 +6,7 @@ so that the caller can look at the models, time the steps and show progress.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import optax
 
 import mtl_optax as mtl
 from mtl_optax._branch import without_fallbacks
+from mtl_optax.compare import _hashes as hashes
 from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import halves
 
@@ -77,8 +78,9 @@ def static_weights(setup: Setup, count: int) -> list[tuple[str, np.ndarray]]:
     first, num_tasks = np.abs(setup.initial_losses), len(setup.names)
     usable = np.isfinite(first) & (first > 0)
     inverse = 1 / np.where(usable, first, 1.0)
-    typical = np.nanmean(np.where(usable, inverse, np.nan), axis=1, keepdims=True)
-    inverse = np.where(usable, inverse, np.nan_to_num(typical, nan=1.0))
+    some = usable.sum(axis=1, keepdims=True)
+    typical = np.where(usable, inverse, 0.0).sum(axis=1, keepdims=True) / np.maximum(some, 1)
+    inverse = np.where(usable, inverse, np.where(some, typical, 1.0))
     draws = np.random.default_rng(0).dirichlet(np.ones(num_tasks), count)
     rows = [(INVERSE, inverse)]
     if setup.singles:
@@ -115,8 +117,30 @@ def _of_seeds(values: list[float], seeds: int, num_rates: int) -> np.ndarray:
     return np.tile(np.repeat(np.array(values, np.float32), num_rates), (seeds, 1))
 
 
-def build(setup: Setup, name: str, configs: Config) -> Program:
-    """Compiles the training under the strategy `name`, `PLAIN` or `STATIC`."""
+def facts(setup: Setup, name: str, variants: list[Any]) -> dict[str, Any]:
+    """What the numbers of a strategy depend on beside the problem: its own program, its grid.
+
+    The program is that of one model, which is the same however many are trained side by side.
+    """
+    init, step = _program(setup, name)
+    config = jax.tree.map(lambda x: x[0, 0], next(blocks(setup, variants[:1])))
+    item = jax.tree.map(lambda x: x[0, 0], setup.source.first)
+
+    def once(params: Any, rest: Any, seed: Any, config: Config, data: Any, item: Any) -> Any:
+        state = init(params, rest, seed, config)
+        return state, step(state, config, setup.source.batch(data, item))
+
+    arguments = *setup.one_seed(0), jnp.int32(0), config, setup.source.data, item
+    options = [variant for variant in variants if isinstance(variant, dict)]
+    return {
+        "training": hashes.of_program(once, *arguments),
+        "variants": [{o: float(value) for o, value in chosen.items()} for chosen in options],
+        "trials": len(variants),
+    }
+
+
+def _program(setup: Setup, name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The first state of one model under a strategy, and a step of its training."""
     problem, settings, source = setup.problem, setup.settings, setup.source
     needs = mtl.STRATEGIES[name].needs if name in mtl.STRATEGIES else ""
     several, validates = needs == "batches", needs == "validation"
@@ -179,6 +203,14 @@ def build(setup: Setup, name: str, configs: Config) -> Program:
         weights = [summary[f"weights/{t}"] for t in setup.names if f"weights/{t}" in summary]
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, rest, opt_state), Record(losses, jnp.array(weights))
+
+    return init, step
+
+
+def build(setup: Setup, name: str, configs: Config) -> Program:
+    """Compiles the training under the strategy `name`, `PLAIN` or `STATIC`."""
+    problem, settings, source = setup.problem, setup.settings, setup.source
+    init, step = _program(setup, name)
 
     def advance(state: TrainState, configs: Config, data: Any, items: Any) -> Any:
         def one_seed(state: TrainState, configs: Config, items: Any) -> Any:

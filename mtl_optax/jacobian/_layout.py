@@ -63,8 +63,14 @@ class Layout:
         return self.merge(typed, lambda aval: jnp.zeros(aval.shape, aval.dtype))
 
     def unflatten_rows(self, rows: Sequence[jax.Array]) -> Any:
-        """A tree like the parameters with a first axis of tasks."""
-        return self.merge(rows, lambda aval: jnp.zeros((self.num_tasks, *aval.shape), aval.dtype))
+        """A tree like the parameters with a first axis of tasks; frozen keys have float32 rows."""
+
+        def frozen(aval: Any) -> jax.Array:
+            is_key = jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+            shape = (self.num_tasks, *aval.shape)
+            return jnp.zeros(shape, jnp.float32 if is_key else aval.dtype)
+
+        return self.merge(rows, frozen)
 
     def merge(self, leaves: Sequence[Any], frozen: Callable[[Any], Any]) -> Any:
         """A tree like the parameters of what stands for the leaves, and for the frozen ones."""
