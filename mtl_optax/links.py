@@ -278,8 +278,17 @@ def check_key(key: Any) -> None:
         )
 
 
-def per_task(name: str, value: Any, jacobian: Jacobian) -> jax.Array:
-    """A per-task option as a `(K,)` array of the losses' precision."""
+def per_task(name: str, value: Any, jacobian: Jacobian, default: Any = None) -> jax.Array:
+    """A per-task option as a `(K,)` array of the losses' precision; None in it is the default."""
+    is_none = lambda x: x is None  # noqa: E731
+    given, structure = jax.tree.flatten(value, is_leaf=is_none)
+    if default is not None and any(map(is_none, given)):
+        usual = per_task(name, default, jacobian)
+        if value is None:
+            return usual
+        if len(given) == jacobian.num_tasks:
+            pairs = zip(given, usual, strict=True)
+            value = structure.unflatten([old if new is None else new for new, old in pairs])
     leaves = per_task_leaves(name, value, jacobian)
     return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]).astype(jacobian.dtype)
 
@@ -290,11 +299,6 @@ def check_preference(preference: Any) -> None:
     given = not is_traced(preference) and jax.tree.leaves(preference)
     if given and not any(np.any(np.asarray(leaf)) for leaf in given):
         raise ValueError(f"preference={preference}, expected at least one task above 0")
-
-
-def preference_vector(given: Any, default: Any, jacobian: Jacobian) -> jax.Array:
-    """A preference as `(K,)`, the default where none is given."""
-    return per_task("preference", default if given is None else given, jacobian)
 
 
 def per_task_leaves(name: str, value: Any, jacobian: Jacobian) -> list[Any]:

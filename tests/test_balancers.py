@@ -40,6 +40,9 @@ def test_weights_fit_names_orders_and_schedules():
         tx = mtl.scale_by_weights(whole)
         jac, state = tx.update(grads, tx.init(None), losses=losses)
         np.testing.assert_array_equal(state.weights, [2.0, 3.0])
+    for wrong in (None, [], {"a": None}, [1.0, np.nan], "no"):
+        with pytest.raises(ValueError, match="weights="):
+            mtl.scale_by_weights(wrong)
     tx = mtl.scale_by_weights(2.0)
     with pytest.raises(ValueError, match=r"weights=2\.0 .* expected one for each of the 2 tasks"):
         tx.update(grads, tx.init(None), losses=losses)

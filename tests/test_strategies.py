@@ -191,16 +191,16 @@ def test_an_option_of_another_type_is_named(name, option):
             row.factory(num_tasks=3, **{option: other}, **key)
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
-        (name, option)
-        for name, row in mtl.STRATEGIES.items()
-        for option, default in row.options.items()
-        if isinstance(default, float)
-        and "Mapping" in str(inspect.signature(row.factory).parameters[option].annotation)
-    ],
-)
+OF_EACH_TASK = [
+    (name, option)
+    for name, row in mtl.STRATEGIES.items()
+    for option, default in row.options.items()
+    if isinstance(default, float)
+    and "Mapping" in str(inspect.signature(row.factory).parameters[option].annotation)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), OF_EACH_TASK)
 def test_an_option_of_each_task_is_one_number_or_k_or_a_tree(name, option):
     row = mtl.STRATEGIES[name]
     key = {"key": jax.random.key(0)} if row.stochastic else {}
@@ -210,6 +210,24 @@ def test_an_option_of_each_task_is_one_number_or_k_or_a_tree(name, option):
     for wrong in ("no", jnp.nan, 2j):
         with pytest.raises((TypeError, ValueError), match=f"{option}="):
             row.factory(num_tasks=3, **{option: wrong}, **key)
+
+
+@pytest.mark.parametrize(("name", "option"), OF_EACH_TASK)
+def test_none_is_the_default_of_a_task(name, option):
+    row = mtl.STRATEGIES[name]
+    key = {"key": jax.random.key(0)} if row.stochastic else {}
+    one, losses = row.options[option], dict(zip("abc", LOSSES, strict=True))
+    rows = dict(zip("abc", MATRIX, strict=True))
+
+    def update(value):
+        tx = row.factory(num_tasks=3, **{option: value}, **key)
+        given = told(MATRIX, LOSSES) if row.extra_args else {}
+        return tx.update(rows, tx.init(MATRIX[0]), MATRIX[0], losses=losses, **given)[0]
+
+    other = 0.1 if one == 0 else one / 2
+    expected = update({"a": other, "b": one, "c": one})
+    np.testing.assert_array_equal(update({"a": other, "b": None, "c": None}), expected)
+    np.testing.assert_array_equal(update([other, None, one]), expected)
 
 
 @pytest.mark.parametrize("name", sorted(mtl.STRATEGIES))

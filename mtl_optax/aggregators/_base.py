@@ -16,7 +16,7 @@ from mtl_optax.links import (
     check_num_tasks,
     dealt,
     link,
-    preference_vector,
+    per_task,
 )
 from mtl_optax.states import PerTask
 
@@ -92,7 +92,7 @@ def combined(
 
 def shares(preference: TaskOption | None, jacobian: Jacobian) -> jax.Array:
     """The part of each row in a mean: the preference, by default one over the tasks present."""
-    return preference_vector(preference, 1 / jacobian.num_present, jacobian)
+    return per_task("preference", preference, jacobian, 1 / jacobian.num_present)
 
 
 def random_orders(key: jax.Array, present: jax.Array) -> jax.Array:

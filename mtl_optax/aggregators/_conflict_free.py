@@ -6,7 +6,7 @@ import optax
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, row_factors, solved_aggregator
-from mtl_optax.links import check_preference, preference_vector
+from mtl_optax.links import check_preference, per_task
 
 
 def conflict_free(
@@ -58,7 +58,7 @@ def conflict_free(
     def solve(jacobian):
         cosines, norms = jacobian.correlation()
         relative = relative_norms(norms)
-        aims = preference_vector(preference, 1.0, jacobian).astype(norms.dtype)
+        aims = per_task("preference", preference, jacobian, 1.0).astype(norms.dtype)
         aims = jnp.where(norms > 0, aims, 0)
         values, vectors, kept = row_factors(jacobian, cosines)
         inverse = divide(1, jnp.where(kept, values, 0))

@@ -7,7 +7,7 @@ import optax
 from mtl_optax._numerics import divide, dot
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import Heads, relative_norms, solved_aggregator
-from mtl_optax.links import check_option, preference_vector
+from mtl_optax.links import check_option, per_task
 from mtl_optax.solvers import nonnegative_qp
 from mtl_optax.solvers._base import solve_free
 
@@ -91,7 +91,7 @@ def epo(
         gains = cosines * relative[None, :]
 
         loss = jacobian.loss_vector()
-        r = preference_vector(preference, 1.0, jacobian).astype(norms.dtype)
+        r = per_task("preference", preference, jacobian, 1.0).astype(norms.dtype)
         r = jnp.where(jacobian.present, r, 0) / jnp.sum(r, where=jacobian.present)
         height = r * loss
         share = height / jnp.max(height)

@@ -72,7 +72,7 @@ def graddrop(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         next_key, draw_key = jax.random.split(state.key)
-        leaks = per_task("leak", leak, jacobian)
+        leaks = per_task("leak", leak, jacobian, 0.0)
 
         def drop(leaves):
             keys = jax.random.split(draw_key, max(len(leaves), 1))

@@ -105,7 +105,7 @@ def pcd(
         length, mean = divide(norms, unit * jnp.sqrt(average), norms), unit * jnp.sqrt(old)
 
         others = jnp.arange(num_tasks) != first
-        share = per_task("tau", tau, jacobian) * length
+        share = per_task("tau", tau, jacobian, 0.02) * length
         # In units of each row: mu_k |g_k| >= 0 against <g_k / |g_k|, d> - tau |g_k|. The primary
         # and zero rows have no constraint.
         bound = others & (norms > 0)

@@ -17,7 +17,7 @@ from mtl_optax.links import (
     check_option,
     check_preference,
     link,
-    preference_vector,
+    per_task,
     presence,
 )
 from mtl_optax.states import PerTask
@@ -106,7 +106,7 @@ def sdmgrad(
         num_present = jnp.maximum(jnp.sum(present), 1)
         start, mass = shared_out(state.shares, present)
         products = relative_products(first, second, present).astype(jnp.float32) / num_present
-        preferred = preference_vector(preference, 1.0, first).astype(jnp.float32)
+        preferred = per_task("preference", preference, first, 1.0).astype(jnp.float32)
         preferred, _ = shared_out(preferred, present)
 
         def move(_, carry):

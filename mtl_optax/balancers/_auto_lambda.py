@@ -106,7 +106,7 @@ def scale_by_auto_lambda(
     def update_fn(jacobian, state, *, params=None, validation_fn=None, **extra_args):
         del extra_args
         validation = jacobian_of("validation_fn", validation_fn, jacobian, params)
-        importance, present = per_task("primary", primary, jacobian), jacobian.present
+        importance, present = per_task("primary", primary, jacobian, 1.0), jacobian.present
 
         def weights_of(values):
             return softmax_over(present, values, present) if softmax else values

@@ -10,7 +10,7 @@ from mtl_optax._numerics import divide
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import unit_vector
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, check_option, check_preference, link, preference_vector
+from mtl_optax.links import check_num_tasks, check_option, check_preference, link, per_task
 from mtl_optax.states import PerTask
 
 
@@ -79,7 +79,8 @@ def scale_by_cosmos(
         del extra_args
         loss = jacobian.loss_vector()
         finite = jnp.isfinite(loss)
-        r = preference_vector(preference, usual_preference, jacobian)
+        usual = per_task("preference", usual_preference, jacobian, 1.0)
+        r = per_task("preference", preference, jacobian, usual)
         r = jnp.where(jacobian.present, r, 0)
         r = jnp.where(finite, divide(r, jnp.sum(r)), 0)
         ray, _ = unit_vector(r)

@@ -97,7 +97,7 @@ def scale_by_dtp(
         average = jnp.where(jnp.isnan(seen), state.kpis, average)
 
         # Kept off 1, the weight of a solved task does not vanish for good.
-        priority = focal(average, per_task("gamma", gamma, jacobian))
+        priority = focal(average, per_task("gamma", gamma, jacobian, 1.0))
         # A task without any KPI yet keeps the weight that it starts with.
         weights = jnp.where(jnp.isinf(average), 1, priority).astype(jnp.float32)
         return jacobian.scale(weights), DtpState(weights, average, state.invalid + ~valid)

@@ -101,7 +101,7 @@ def scale_by_encodec(
         average, norms, masses = running_mean(new, state.norms, state.masses, decay, present)
         average = jnp.where(present, average, 0)
 
-        share = per_task("shares", shares, jacobian).astype(jnp.float32)
+        share = per_task("shares", shares, jacobian, 1.0).astype(jnp.float32)
         share = jnp.where(present, share, 0)
         share = divide(share, jnp.sum(share), share)
         total = jnp.sum(average) if total_norm is None else total_norm

@@ -119,7 +119,7 @@ def scale_by_famo(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         loss, present = jacobian.loss_vector(), jacobian.present
-        least = per_task("min_losses", min_losses, jacobian)
+        least = per_task("min_losses", min_losses, jacobian, 0.0)
         before, was_usable = positive_log(state.gaps)
         observed = jnp.where(state.observed > 0, state.losses_after.astype(loss.dtype), loss)
         after, is_usable = positive_log((observed - least).astype(jnp.float32))

@@ -81,7 +81,7 @@ def scale_by_pareto(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        c = per_task("floors", floors, jacobian)
+        c = per_task("floors", floors, jacobian, 0.0)
         solve = min_norm_weights if solver == "exact" else _two_step
         products, scales = jacobian.scaled_gramian()
         weights, solved = solve(products, scales, jacobian.present, c)
@@ -97,7 +97,7 @@ def _check_total(floors: TaskOption, num_tasks: int) -> None:
     leaves = jax.tree.leaves(floors)
     # NumPy: jnp would stage these constants out when the factory is called under jit.
     total = sum(np.sum(leaf) for leaf in leaves)
-    if len(leaves) == 1 and np.size(leaves[0]) == 1:
+    if len(leaves) == 1 and leaves[0] is floors and np.size(leaves[0]) == 1:
         total *= num_tasks
     if total > 1 + 1e-6:
         raise ValueError(

@@ -16,7 +16,6 @@ from mtl_optax.links import (
     check_preference,
     link,
     per_task,
-    preference_vector,
 )
 from mtl_optax.states import PerTask
 
@@ -93,10 +92,11 @@ def scale_by_pbi(
 
     def update_fn(jacobian, state, *, preference=None, **extra_args):
         del extra_args
-        gap = jacobian.loss_vector() - per_task("reference", reference, jacobian)
+        gap = jacobian.loss_vector() - per_task("reference", reference, jacobian, 0.0)
         finite = jnp.isfinite(gap)
         used = finite & jacobian.present
-        r = preference_vector(preference, usual_preference, jacobian)
+        usual = per_task("preference", usual_preference, jacobian, 1.0)
+        r = per_task("preference", preference, jacobian, usual)
         ray, _ = unit_vector(jnp.where(used, r, 0))
         direction, _ = unit_vector(jnp.where(used, gap, 0))
         across, sine = unit_vector(direction - jnp.sum(ray * direction) * ray)

@@ -25,7 +25,6 @@ from mtl_optax.links import (
     is_traced,
     link,
     per_task,
-    preference_vector,
 )
 from mtl_optax.states import PerTask
 
@@ -138,10 +137,11 @@ def scale_by_stch(
 
     def update_fn(jacobian, state, *, preference=None, **extra_args):
         del extra_args
-        p = preference_vector(preference, usual_preference, jacobian)
+        usual = per_task("preference", usual_preference, jacobian, 1.0)
+        p = per_task("preference", preference, jacobian, usual)
         loss, present = jacobian.loss_vector(), jacobian.present
         if kind == "plain":
-            gap = loss - per_task("reference", reference, jacobian)
+            gap = loss - per_task("reference", reference, jacobian, 0.0)
             usable = jnp.isfinite(gap)
             share = softmax_over(usable & present, p * gap / mu, present)
             weights = jacobian.num_present * p * share

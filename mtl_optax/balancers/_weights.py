@@ -9,7 +9,7 @@ import optax
 
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import link, per_task
+from mtl_optax.links import FINITE, check_option, link, per_task
 from mtl_optax.states import PerTask
 
 
@@ -35,7 +35,7 @@ def scale_by_weights(
       A balancer: Jacobian in, Jacobian out. Update scale: sum-like when the weights sum to K.
 
     Raises:
-      ValueError: if the weights do not fit the losses.
+      ValueError: if a weight is not finite, or they do not fit the losses.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,6 +46,10 @@ def scale_by_weights(
       >>> {name: float(loss) for name, loss in jac.losses.items()}
       {'a': 1.0, 'b': 6.0}
     """
+    if not callable(weights):
+        check_option("weights", weights, *FINITE, each=True)
+        if not jax.tree.leaves(weights):
+            raise ValueError(f"weights={weights!r}, expected one for each task")
 
     def at(count):
         return weights(count) if callable(weights) else weights

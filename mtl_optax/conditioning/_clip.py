@@ -41,7 +41,7 @@ def clip_tasks(max_norm: TaskOption) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        limits = per_task("max_norm", max_norm, jacobian)
+        limits = per_task("max_norm", max_norm, jacobian, jnp.inf)
         norms = jacobian.norms()
         weights = jnp.where(norms > limits, divide(limits, norms), 1)
         return jacobian.scale(weights), state
