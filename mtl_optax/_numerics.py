@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 
@@ -22,6 +23,17 @@ def focal(kpi: jax.Array, gamma: jax.Array) -> jax.Array:
 def underflows(dtype: DTypeLike) -> bool:
     """Whether the dtype has no small numbers, as float16 and float8 have none."""
     return bool(jnp.finfo(dtype).minexp > -100)
+
+
+def is_real(dtype: DTypeLike) -> bool:
+    """Whether numbers of the dtype are real: of any precision, integers, or bools."""
+    kinds = jnp.integer, jnp.floating, jnp.bool_
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a Python or NumPy integer, which True and False are not here."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_fewer(a: Any, b: Any) -> bool:

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 
 from mtl_optax import states
-from mtl_optax._numerics import divide, wide
+from mtl_optax._numerics import divide, is_integer, is_real, wide
 from mtl_optax.jacobian import Jacobian, as_jacobian
 
 
@@ -215,7 +215,7 @@ def check_num_tasks(num_tasks: int) -> None:
 
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raises unless an option that shapes the program is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if not is_integer(value):
         raise TypeError(
             f"{name}={value!r}, expected a Python int: it shapes the program and is static "
             f'(with optax.inject_hyperparams, name it in static_args=("{name}",))'
@@ -250,9 +250,7 @@ def check_option(
     if is_traced(value):
         return
     for leaf in map(np.asarray, leaves):
-        kinds = jnp.integer, jnp.floating, jnp.bool_
-        is_real = any(jnp.issubdtype(leaf.dtype, kind) for kind in kinds)
-        if not (is_real and np.all(valid(leaf))):
+        if not (is_real(leaf.dtype) and np.all(valid(leaf))):
             raise ValueError(f"{name}={value}, expected {expected}")
 
 
@@ -321,7 +319,7 @@ def task_position(option: str, task: int | str, names: tuple[str, ...]) -> int:
     """The position of a task that an option names, or gives by its position."""
     if task in names:
         return names.index(task)
-    if not isinstance(task, str | bool) and isinstance(task, int | np.integer):
+    if is_integer(task):
         place = int(task)
         if -len(names) <= place < len(names):
             return place % len(names)

@@ -91,11 +91,12 @@ def _entries(state: Any, field: str, names: Sequence[str]) -> dict[str, jax.Arra
         return dict(zip(names, value, strict=True))
     if kind == "pair" and value.shape == (num_tasks, num_tasks):
         pairs = list(itertools.combinations(range(num_tasks), 2))
-        return dict(zip(_pair_names(names), [value[i, j] for i, j in pairs], strict=True))
+        return dict(zip(pair_names(names), [value[i, j] for i, j in pairs], strict=True))
     return {"": value} if kind == "step" and value.shape == () else {}
 
 
-def _pair_names(names: Sequence[str]) -> list[str]:
+def pair_names(names: Sequence[str]) -> list[str]:
+    """A name for each pair of tasks, in quotes where plain ones could be read in two ways."""
     plain = [f"{a}-{b}" for a, b in itertools.combinations(names, 2)]
     if len(set(plain)) == len(plain):
         return plain

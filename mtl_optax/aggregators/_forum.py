@@ -10,6 +10,7 @@ import optax
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import EXACT, divide, dot
 from mtl_optax._usable import softmax_over, step_each
+from mtl_optax.aggregators._simplex_steps import shared_out
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
 from mtl_optax.links import COUNT, check_count, check_num_tasks, check_option, conform, link
 from mtl_optax.solvers import simplex_qp
@@ -154,8 +155,7 @@ def forum(
         even = divide(present, jnp.sum(present))
         newest = (1.0 + state.count // window) ** -0.75
         shares = jnp.where(solved, chosen, even).astype(jnp.float32)
-        shares = jnp.where(present, state.shares + newest * (shares - state.shares), 0)
-        shares = divide(shares, jnp.sum(shares))  # of those present; of all they are 1 already
+        shares, _ = shared_out(state.shares + newest * (shares - state.shares), present)
 
         nu = jnp.maximum(dot(shares, rho - along_per_square), 0)
         leaves = [

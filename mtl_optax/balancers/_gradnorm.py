@@ -87,11 +87,8 @@ def scale_by_gradnorm(
     """
     check_num_tasks(num_tasks)
     check_option("alpha", alpha, lambda a: a >= 0, "at least 0")
-    # None is no leaf of a tree, NaN is.
-    given = jax.tree.map(
-        lambda loss: jnp.nan if loss is None else loss, initial_losses, is_leaf=lambda x: x is None
-    )
-    check_option("initial_losses", given, lambda loss: ~(loss <= 0), "positive losses", each=True)
+    not_below = lambda loss: ~(loss <= 0)  # noqa: E731, NaN passes
+    check_option("initial_losses", initial_losses, not_below, "positive losses", each=True)
     # Adam's own eps of 1e-8 would slow the weights down where gradient norms are small.
     optimizer = optimizer or optax.adam(0.025, eps=1e-15)
 
@@ -110,7 +107,7 @@ def scale_by_gradnorm(
         loss = jacobian.loss_vector().astype(jnp.float32)
         positive = (loss > 0) & jnp.isfinite(loss)
         first = jnp.where(positive, loss, 0)
-        known = per_task("initial_losses", given, jacobian).astype(jnp.float32)
+        known = per_task("initial_losses", initial_losses, jacobian, jnp.nan).astype(jnp.float32)
         first = jnp.where(jnp.isnan(known), first, known)
         initial = jnp.where(state.initial_losses > 0, state.initial_losses, first)
 

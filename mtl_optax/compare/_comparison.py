@@ -85,7 +85,7 @@ class Comparison:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(_without_nan(self.results), allow_nan=False)
+        content = json.dumps(store.without_nan(self.results), allow_nan=False)
         store.write(folder / RESULTS, content.encode())
         pictures = plots.draw(self.results)
         for name, picture in pictures.items():
@@ -250,15 +250,6 @@ def need(package: str) -> None:
     """Refuses to begin without a package of the extra."""
     if find_spec(package) is None:
         raise ModuleNotFoundError(f"this needs {package}: {INSTALL}")
-
-
-def _without_nan(node: Any) -> Any:
-    """Results of an earlier version too may hold NaN, which is no JSON."""
-    if isinstance(node, dict):
-        return {name: _without_nan(value) for name, value in node.items()}
-    if isinstance(node, list | tuple):
-        return [_without_nan(value) for value in node]
-    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

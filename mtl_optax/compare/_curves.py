@@ -28,7 +28,7 @@ def losses(results: dict[str, Any]) -> Figure | None:
             runs["single task"] = results["single_task"][task]["train_loss"][task]
         for i, (name, curve) in enumerate(runs.items()):
             axis.plot(results["window_steps"], _mean(curve), label=plain(name), **look(i))
-        if not any(_has_zero({name: curve}) for name, curve in runs.items()):
+        if not _has_zero(runs):
             axis.set_yscale("log")
     _finish(figure, panels, "training loss, mean of the seeds")
     return figure

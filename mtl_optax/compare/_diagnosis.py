@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from mtl_optax.summary import _pair_names
+from mtl_optax.compare import _store as store
+from mtl_optax.compare._statistics import of_finite
+from mtl_optax.summary import pair_names
 
 # A gradient norm this many times another one's drowns it under equal weights.
 SCALES_APART = 5.0
@@ -75,13 +77,8 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON, with None for NaN."""
-        numbers = {
-            name: {key: _or_none(number) for key, number in getattr(self, name).items()}
-            for name in ("norms", "cosines", "losses", "left")
-        }
-        rate = {"conflict_rate": _or_none(self.conflict_rate)}
         said = {"says": VERDICTS[self.verdict], "advice": self.advice}
-        return dataclasses.asdict(self) | numbers | rate | said
+        return store.without_nan(dataclasses.asdict(self) | said)
 
 
 def of(
@@ -129,7 +126,7 @@ def of(
         ADVICE[verdict],
         tuple(reasons),
         _named(names, typical),
-        _named(_pair_names(names), middle),
+        _named(pair_names(names), middle),
         rate,
         _named(names, start),
         _named(names, left),
@@ -249,21 +246,9 @@ def _median(values: np.ndarray) -> np.ndarray:
     return of_finite(np.nanmedian, values)
 
 
-def of_finite(statistic: Any, values: np.ndarray) -> np.ndarray:
-    """A statistic over the first axis, NaN where nothing is finite."""
-    finite = np.isfinite(values)
-    some = finite.any(axis=0)
-    known = np.where(finite | ~some, np.where(finite, values, 0.0), np.nan)
-    return np.where(some, statistic(known, axis=0), np.nan) if len(values) else values
-
-
 def _share(left: float) -> str:
     return f"{100 * left:.3g} %"
 
 
 def _named(names: Any, values: np.ndarray) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in zip(names, values, strict=True)}
-
-
-def _or_none(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import mtl_optax as mtl
+from mtl_optax._numerics import is_integer, is_real
 
 MAX_NAME = 100  # characters
 
@@ -204,7 +205,7 @@ def check_texts(**texts: Any) -> None:
 
 def whole(name: str, value: Any) -> int:
     """A setting that counts something."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if not is_integer(value):
         raise ValueError(f"{name} is {value!r}, expected a whole number, such as 20")
     if value < 1:
         raise ValueError(f"{name} is {value}, expected at least 1")
@@ -269,11 +270,7 @@ def _shortened(name: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, jax.ShapeDtypeStruct | jax.Array):
-        return (
-            jnp.issubdtype(value.dtype, jnp.bool_)
-            or jnp.issubdtype(value.dtype, jnp.floating)
-            or jnp.issubdtype(value.dtype, jnp.integer)
-        )
+        return is_real(value.dtype)
     if isinstance(value, str | bytes | complex | np.complexfloating):
         return False
     try:

@@ -11,9 +11,9 @@ import mtl_optax as mtl
 from mtl_optax.compare import _diagnosis as diagnosis
 from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import num_examples
-from mtl_optax.compare._statistics import Estimate
+from mtl_optax.compare._statistics import Estimate, of_finite
 from mtl_optax.compare._train import ALONE, INVERSE, RANDOM, STATIC
-from mtl_optax.summary import _pair_names
+from mtl_optax.summary import pair_names
 
 FORMAT = 2  # of results.json
 EQUAL_WEIGHTS = "sum"  # the strategy that all others are held against
@@ -187,12 +187,12 @@ def _about(name: str) -> dict[str, str]:
 
 def _kept(setup: Setup, notes: Notes, config: int) -> dict[str, Any]:
     """The notes of one configuration by the names of tasks and metrics: one list a seed."""
-    pairs = dict(zip(_pair_names(setup.names), setup.pairs, strict=True))
+    pairs = dict(zip(pair_names(setup.names), setup.pairs, strict=True))
     cosines = {pair: notes["cosine"][:, config, :, i, j] for pair, (i, j) in pairs.items()}
     if len(pairs) > MAX_PAIRS:
         every = np.stack(list(cosines.values()))
         cosines = {
-            f"{share} % of the pairs are below": diagnosis.of_finite(
+            f"{share} % of the pairs are below": of_finite(
                 functools.partial(np.nanpercentile, q=share), every
             )
             for share in (10, 50, 90)

@@ -1,7 +1,7 @@
 """How sure a mean over a few seeds is: Student's t in float64, and Holm's correction."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,14 @@ class Estimate(NamedTuple):
         style = ".1e" if large else f".{decimals}f"
         mean = f"{scale * self.mean:{'+' if signed else ''}{style}}"
         return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:{style}}"
+
+
+def of_finite(statistic: Any, values: np.ndarray) -> np.ndarray:
+    """A statistic over the first axis, NaN where nothing is finite."""
+    finite = np.isfinite(values)
+    some = finite.any(axis=0)
+    known = np.where(finite | ~some, np.where(finite, values, 0.0), np.nan)
+    return np.where(some, statistic(known, axis=0), np.nan) if len(values) else values
 
 
 def p_value(differences: object) -> float:

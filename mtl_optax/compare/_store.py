@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ def write(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def without_nan(node: Any) -> Any:
+    """A tree ready for JSON, which has no NaN: None in its place."""
+    if isinstance(node, dict):
+        return {name: without_nan(value) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_nan(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def save(path: Path, arrays: Arrays, facts: Any) -> None:

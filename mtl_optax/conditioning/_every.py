@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from mtl_optax._branch import where_needed
+from mtl_optax._numerics import is_integer
 from mtl_optax._typing import Schedule
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.links import check_num_tasks, conform, is_traced, link
@@ -70,7 +71,7 @@ def every(
       [0.5, 1.0]
       [0.8, 0.4]
     """
-    is_number = isinstance(n, int | np.integer | jax.Array) and not isinstance(n, bool)
+    is_number = is_integer(n) or isinstance(n, jax.Array)
     is_whole = is_number and jnp.issubdtype(jnp.result_type(n), jnp.integer)
     if not callable(n) and not is_traced(n) and not (is_whole and np.asarray(n) >= 1):
         raise ValueError(

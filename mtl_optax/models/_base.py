@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtl_optax._numerics import is_integer
+
 Layer: TypeAlias = Callable[..., Any]  # an nnx.Module or any function
 Sizes: TypeAlias = int | Sequence[int]
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
@@ -154,7 +156,7 @@ def is_layer(value: Any) -> TypeGuard[Layer]:
 
 def positive_integer(value: Any, what: str) -> int:
     """A size or a number of parts."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ValueError(f"{what} is {value!r}, expected an integer >= 1")
     return int(value)
 
