@@ -9,7 +9,7 @@ import jax
 import optax
 
 from mtl_optax import aggregators, balancers
-from mtl_optax.links import check_num_tasks
+from mtl_optax._options import check_num_tasks
 
 
 class Strategy(NamedTuple):

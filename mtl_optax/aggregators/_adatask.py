@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.jacobian._rows import finite_rows, per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
+from mtl_optax.links import link, task_zeros
 from mtl_optax.states import PerTask
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._options import check_choice, check_preference
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, row_factors, shares, solved_aggregator
-from mtl_optax.links import check_choice, check_preference
 
 SCALES = ("min", "median", "rmse")
 

@@ -9,15 +9,10 @@ import optax
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_choice, check_num_tasks, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import (
-    check_choice,
-    check_num_tasks,
-    dealt,
-    link,
-    per_task,
-)
+from mtl_optax.links import dealt, link
 from mtl_optax.states import PerTask
 
 

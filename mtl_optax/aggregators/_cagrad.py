@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_choice, check_option
 from mtl_optax.aggregators._base import solved_aggregator
 from mtl_optax.aggregators._best_worst import best_worst, mean_of_rows
-from mtl_optax.links import check_choice, check_option
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 RESCALES = (None, "1+c", "1+c2")

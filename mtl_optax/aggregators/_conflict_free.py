@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_preference, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, row_factors, solved_aggregator
-from mtl_optax.links import check_preference, per_task
 
 
 def conflict_free(

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_option
 from mtl_optax.aggregators._base import solved_aggregator
 from mtl_optax.aggregators._best_worst import best_worst, mean_of_rows
-from mtl_optax.links import check_option
 from mtl_optax.solvers import nonnegative_qp
 
 

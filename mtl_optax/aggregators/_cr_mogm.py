@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._mgda import mgda
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

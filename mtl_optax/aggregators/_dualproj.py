@@ -3,9 +3,9 @@
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_preference
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, shares, solved_aggregator
-from mtl_optax.links import check_preference
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp_of_cosines
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import Heads, relative_norms, solved_aggregator
-from mtl_optax.links import check_option, per_task
 from mtl_optax.solvers import nonnegative_qp
 from mtl_optax.solvers._base import solve_free
 

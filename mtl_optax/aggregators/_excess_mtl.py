@@ -7,18 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import COUNT, check_choice, check_num_tasks, check_option
 from mtl_optax.aggregators._base import HEADS, Heads, combined
 from mtl_optax.aggregators._simplex_steps import exchange
 from mtl_optax.jacobian._rows import sum_over_shards
-from mtl_optax.links import (
-    COUNT,
-    check_choice,
-    check_num_tasks,
-    check_option,
-    keep_finite,
-    link,
-    task_zeros,
-)
+from mtl_optax.links import keep_finite, link, task_zeros
 from mtl_optax.states import PerTask
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_option
 from mtl_optax.aggregators._base import Heads, solved_aggregator
-from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 

@@ -9,10 +9,11 @@ import optax
 
 from mtl_optax._lookahead import jacobian_of
 from mtl_optax._numerics import EXACT, divide, dot
+from mtl_optax._options import COUNT, check_count, check_num_tasks, check_option
 from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.aggregators._simplex_steps import shared_out
 from mtl_optax.jacobian._rows import max_over_shards, mix, per_row, sum_over_shards
-from mtl_optax.links import COUNT, check_count, check_num_tasks, check_option, conform, link
+from mtl_optax.links import conform, link
 from mtl_optax.solvers import simplex_qp
 from mtl_optax.states import PerTask
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import BELOW_ONE, UP_TO_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._base import pseudo_solve, relative_norms, towards
-from mtl_optax.links import BELOW_ONE, UP_TO_ONE, check_num_tasks, check_option, link, running_mean
+from mtl_optax.links import link, running_mean
 from mtl_optax.states import PerTask
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import UP_TO_ONE, check_key, check_num_tasks, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import UP_TO_ONE, check_key, check_num_tasks, check_option, link, per_task
+from mtl_optax.links import link
 
 
 class GraddropState(NamedTuple):

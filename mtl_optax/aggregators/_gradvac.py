@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import UP_TO_ONE, check_key, check_num_tasks, check_option
 from mtl_optax.aggregators._base import random_orders
-from mtl_optax.links import UP_TO_ONE, check_key, check_num_tasks, check_option, keep_finite, link
+from mtl_optax.links import keep_finite, link
 from mtl_optax.states import PerPair, PerTask
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._min_norm import relative_gramian
-from mtl_optax.links import check_count, check_num_tasks, check_option, link
+from mtl_optax._options import check_count, check_num_tasks, check_option
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.jacobian._rows import all_finite, per_row
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, task_zeros
+from mtl_optax.links import link, task_zeros
 from mtl_optax.states import PerTask
 
 

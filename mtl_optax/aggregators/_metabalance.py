@@ -6,18 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import BELOW_ONE, UP_TO_ONE, check_num_tasks, check_option, task_position
 from mtl_optax.aggregators._base import towards
 from mtl_optax.jacobian._rows import mix, row_norms
-from mtl_optax.links import (
-    BELOW_ONE,
-    UP_TO_ONE,
-    check_num_tasks,
-    check_option,
-    check_params,
-    link,
-    running_mean,
-    task_position,
-)
+from mtl_optax.links import check_params, link, running_mean
 from mtl_optax.states import PerTask
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 import optax
 
 from mtl_optax._min_norm import min_norm_weights
+from mtl_optax._options import check_choice
 from mtl_optax.aggregators._base import Heads, solved_aggregator
-from mtl_optax.links import check_choice
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 

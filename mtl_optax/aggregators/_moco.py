@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
 from mtl_optax.conditioning import ema_tasks
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._options import check_num_tasks, check_option
 from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
-from mtl_optax.links import check_num_tasks, check_option, link, presence
+from mtl_optax.links import link, presence
 from mtl_optax.states import PerTask
 
 

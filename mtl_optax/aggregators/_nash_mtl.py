@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._options import check_option
 from mtl_optax.aggregators._base import Heads, Solved, solved_aggregator
-from mtl_optax.links import check_option
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
 
 

@@ -7,17 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
-from mtl_optax._typing import TaskOption
-from mtl_optax.links import (
+from mtl_optax._options import (
     BELOW_ONE,
     UP_TO_ONE,
     check_num_tasks,
     check_option,
-    link,
     per_task,
-    running_mean,
     task_position,
 )
+from mtl_optax._typing import TaskOption
+from mtl_optax.links import link, running_mean
 from mtl_optax.solvers._nonnegative_qp import nonnegative_qp
 from mtl_optax.states import PerTask
 

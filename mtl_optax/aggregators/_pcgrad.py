@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_key, check_num_tasks
 from mtl_optax.aggregators._base import random_orders
-from mtl_optax.links import check_key, check_num_tasks, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

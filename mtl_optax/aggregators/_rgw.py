@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_key, check_num_tasks
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_key, check_num_tasks, dealt, link
+from mtl_optax.links import dealt, link
 from mtl_optax.states import PerTask
 
 

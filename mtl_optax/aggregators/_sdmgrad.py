@@ -7,19 +7,18 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import dot
-from mtl_optax._typing import TaskOption
-from mtl_optax.aggregators._modo import batches
-from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
-from mtl_optax.links import (
+from mtl_optax._options import (
     BELOW_ONE,
     check_count,
     check_num_tasks,
     check_option,
     check_preference,
-    link,
     per_task,
-    presence,
 )
+from mtl_optax._typing import TaskOption
+from mtl_optax.aggregators._modo import batches
+from mtl_optax.aggregators._simplex_steps import relative_products, shared_out, simplex_step
+from mtl_optax.links import link, presence
 from mtl_optax.states import PerTask
 
 

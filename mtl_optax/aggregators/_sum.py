@@ -5,8 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_num_tasks
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax.links import link
 
 
 def sum_tasks(num_tasks: int | None = None) -> optax.GradientTransformationExtraArgs:

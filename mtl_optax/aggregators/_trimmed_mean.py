@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_count, check_num_tasks, check_option
 from mtl_optax.jacobian._rows import per_row
-from mtl_optax.links import check_count, check_num_tasks, check_option, link
+from mtl_optax.links import link
 
 
 def trimmed_mean(

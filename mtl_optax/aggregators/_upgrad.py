@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_preference
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import shares, solved_aggregator
-from mtl_optax.links import check_preference
 from mtl_optax.solvers._nonnegative_qp import project_on_cosines
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import optax
 
 from mtl_optax._lookahead import jacobian_of, trial_step
+from mtl_optax._options import check_flag, check_num_tasks, check_option, is_traced, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_flag, check_num_tasks, check_option, is_traced, link, per_task
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 _START = 0.1

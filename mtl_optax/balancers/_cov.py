@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_num_tasks, check_option
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 # Of the variance of ratios about 1: below it all losses count as constant, and equal.

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, power_of_two
+from mtl_optax._options import check_choice, check_num_tasks, task_position
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.jacobian._rows import magnitudes, per_row, row_size, scale_rows, sum_over_shards
-from mtl_optax.links import check_choice, check_num_tasks, link, task_position
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 STATISTICS = ("mean", "std", "kurtosis")

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import focal
+from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import BELOW_ONE, check_num_tasks, check_option, link, per_task
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

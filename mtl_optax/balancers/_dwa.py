@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import COUNT, check_num_tasks, check_option
 from mtl_optax._usable import softmax_when
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import COUNT, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

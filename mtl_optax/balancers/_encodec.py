@@ -7,19 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, power_of_two
+from mtl_optax._options import BELOW_ONE, check_flag, check_num_tasks, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
 from mtl_optax.jacobian._rows import sum_over_shards
-from mtl_optax.links import (
-    BELOW_ONE,
-    check_flag,
-    check_num_tasks,
-    check_option,
-    link,
-    per_task,
-    running_mean,
-)
+from mtl_optax.links import link, running_mean
 from mtl_optax.states import PerTask
 
 

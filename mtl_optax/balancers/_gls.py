@@ -5,9 +5,10 @@ from typing import Annotated, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_num_tasks
 from mtl_optax._usable import bounded_exp, positive_log
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_count, check_num_tasks, check_option
 from mtl_optax._usable import positive_log
 from mtl_optax.aggregators._simplex_steps import exchange
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_count, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import BELOW_ONE, check_choice, check_num_tasks, check_option
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import BELOW_ONE, check_choice, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 TARGETS = ("mean", "sum")

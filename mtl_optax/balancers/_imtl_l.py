@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_num_tasks
 from mtl_optax._usable import step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 # exp(88) is close to the largest float32, and 1 / exp(88) is subnormal.

@@ -8,16 +8,10 @@ import numpy as np
 import optax
 
 from mtl_optax._numerics import dot
+from mtl_optax._options import check_choice, check_count, check_num_tasks, check_option, is_traced
 from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import (
-    check_choice,
-    check_count,
-    check_num_tasks,
-    check_option,
-    is_traced,
-    link,
-)
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

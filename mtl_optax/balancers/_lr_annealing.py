@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import BELOW_ONE, check_flag, check_num_tasks, check_option, task_position
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian._rows import magnitudes
-from mtl_optax.links import (
-    BELOW_ONE,
-    check_flag,
-    check_num_tasks,
-    check_option,
-    link,
-    task_position,
-)
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -9,9 +9,10 @@ import optax
 from mtl_optax._lookahead import jacobian_of, trial_step
 from mtl_optax._min_norm import min_norm_weights
 from mtl_optax._numerics import dot
+from mtl_optax._options import check_num_tasks, check_option
 from mtl_optax._usable import softmax_over, step_each, unit_vector
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -9,8 +9,9 @@ import optax
 
 from mtl_optax._branch import where_needed
 from mtl_optax._numerics import divide, wide
+from mtl_optax._options import check_count, check_key, check_num_tasks, per_task
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_count, check_key, check_num_tasks, link, per_task
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -9,9 +9,10 @@ import optax
 
 from mtl_optax._min_norm import min_norm_weights, project_on_simplex, relative_gramian
 from mtl_optax._numerics import divide, dot
+from mtl_optax._options import check_choice, check_num_tasks, check_option, is_traced, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import check_choice, check_num_tasks, check_option, is_traced, link, per_task
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 SOLVERS = ("exact", "two_step")

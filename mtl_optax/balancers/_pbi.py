@@ -6,17 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import FINITE, check_num_tasks, check_option, check_preference, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import unit_vector
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import (
-    FINITE,
-    check_num_tasks,
-    check_option,
-    check_preference,
-    link,
-    per_task,
-)
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 # Off the ray by less than this many machine epsilons is on it: the rest is rounding.

@@ -2,9 +2,9 @@
 
 import optax
 
+from mtl_optax._options import check_num_tasks
 from mtl_optax.aggregators._sum import sum_tasks
 from mtl_optax.conditioning import log_losses
-from mtl_optax.links import check_num_tasks
 
 
 def scale_invariant(num_tasks: int) -> optax.GradientTransformationExtraArgs:

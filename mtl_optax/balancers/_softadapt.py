@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import COUNT, FINITE, check_flag, check_num_tasks, check_option
 from mtl_optax._usable import positive_log, softmax_when
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import COUNT, FINITE, check_flag, check_num_tasks, check_option, link
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

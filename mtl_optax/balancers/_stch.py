@@ -7,6 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mtl_optax._options import (
+    COUNT,
+    FINITE,
+    check_choice,
+    check_num_tasks,
+    check_option,
+    check_preference,
+    is_traced,
+    per_task,
+)
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import (
     bounded_exp,
@@ -15,17 +25,7 @@ from mtl_optax._usable import (
     softmax_when,
 )
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import (
-    COUNT,
-    FINITE,
-    check_choice,
-    check_num_tasks,
-    check_option,
-    check_preference,
-    is_traced,
-    link,
-    per_task,
-)
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 KINDS = ("plain", "log")

@@ -8,16 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import FINITE, check_choice, check_num_tasks, check_option, per_task_leaves
 from mtl_optax._usable import step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import (
-    FINITE,
-    check_choice,
-    check_num_tasks,
-    check_option,
-    link,
-    per_task_leaves,
-)
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 Kind = Literal["regression", "classification"]

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import FINITE, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
-from mtl_optax.links import FINITE, check_option, link, per_task
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

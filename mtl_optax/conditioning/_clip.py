@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_option, per_task
 from mtl_optax._typing import TaskOption
-from mtl_optax.links import check_option, link, per_task
+from mtl_optax.links import link
 
 
 def clip_tasks(max_norm: TaskOption) -> optax.GradientTransformationExtraArgs:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.links import check_num_tasks, link
+from mtl_optax._options import check_num_tasks
+from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
 

@@ -9,9 +9,10 @@ import optax
 
 from mtl_optax._branch import where_needed
 from mtl_optax._numerics import is_integer
+from mtl_optax._options import check_num_tasks, is_traced
 from mtl_optax._typing import Schedule
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, conform, is_traced, link
+from mtl_optax.links import conform, link
 from mtl_optax.states import PerTask, link_states, num_tasks_of
 
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide, power_of_two, wide
+from mtl_optax._options import check_choice
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian._jacobian import Made
 from mtl_optax.jacobian._rows import max_over_shards, sum_over_shards
-from mtl_optax.links import check_choice, link
+from mtl_optax.links import link
 
 TARGETS = ("mean", "sum")
 # What is left of rows that cancel to rounding is up to 15 machine epsilons of their lengths.

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import optax
 
-from mtl_optax.links import UP_TO_ONE, check_num_tasks, check_option, link
+from mtl_optax._options import UP_TO_ONE, check_num_tasks, check_option
+from mtl_optax.links import link
 from mtl_optax.states import PerPair, PerTask
 
 

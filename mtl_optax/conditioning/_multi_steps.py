@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_count, check_num_tasks
 from mtl_optax.conditioning._base import run
 from mtl_optax.jacobian import unflatten_losses
 from mtl_optax.jacobian._rows import keep_rows, scale_rows
-from mtl_optax.links import check_count, check_num_tasks, receive, task_zeros
+from mtl_optax.links import receive, task_zeros
 from mtl_optax.states import PerTask, check_state
 
 

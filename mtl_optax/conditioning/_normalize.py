@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
-from mtl_optax.links import check_choice, link
+from mtl_optax._options import check_choice
+from mtl_optax.links import link
 
 KINDS = ("l2", "loss", "loss+", "max")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mtl_optax.links import check_count, check_num_tasks
+from mtl_optax._options import check_count, check_num_tasks
 
 if TYPE_CHECKING:
     from jaxtyping import Float

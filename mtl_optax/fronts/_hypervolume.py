@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_flag, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.fronts._set import set_link
-from mtl_optax.links import check_flag, per_task
 from mtl_optax.metrics import beats, hypervolume
 
 

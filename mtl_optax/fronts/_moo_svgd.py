@@ -8,9 +8,9 @@ import optax
 
 from mtl_optax._min_norm import min_norm_weights
 from mtl_optax._numerics import divide
+from mtl_optax._options import check_option
 from mtl_optax.fronts._set import set_link
 from mtl_optax.jacobian._rows import mix
-from mtl_optax.links import check_option
 
 
 class MooSvgdState(NamedTuple):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from mtl_optax._options import check_option
 from mtl_optax.jacobian._rows import mix
-from mtl_optax.links import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_optax._options import check_num_tasks
 from mtl_optax.jacobian import Jacobian
-from mtl_optax.links import check_num_tasks, conform, receive
+from mtl_optax.links import conform, receive
 
 
 def set_link(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import divide
-from mtl_optax.links import BELOW_ONE, check_option
+from mtl_optax._options import BELOW_ONE, check_option
 from mtl_optax.losses._points import PointWeights, in_types_of, sizes, start
 
 

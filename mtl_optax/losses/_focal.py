@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import wide
-from mtl_optax.links import check_option
+from mtl_optax._options import check_option
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from mtl_optax._numerics import focal, wide
-from mtl_optax.links import check_option, is_traced
+from mtl_optax._options import check_option, is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
