@@ -141,18 +141,9 @@ def forum(
         square = sum(sum_over_shards(jnp.sum(f**2)) for f in falls) + jnp.sum(rise**2)
         along_per_square = divide(along, square)
 
-        # With nu above 0 for all s, and with nu = 0. The value has one slope where they meet, so
-        # that the minimiser of either is that of both if it lies on its own side.
         flat = [u.reshape(num_tasks, -1) for u in units]
         gramian = sum(sum_over_shards(dot(u, u.T)) for u in flat)
-        inside = simplex_qp(
-            gramian - along[:, None] * along_per_square[None, :], rho * along, present=usable
-        )
-        outside = simplex_qp(gramian, present=usable)
-        is_asked = dot(inside.x, along_per_square) < rho
-        chosen = jnp.where(is_asked, inside.x, outside.x)
-        solved = jnp.where(is_asked, inside.converged, outside.converged)
-        solved &= jnp.all(jnp.isfinite(chosen))
+        chosen, solved = _shares(gramian, along, along_per_square, rho, usable)
         even = divide(present, jnp.sum(present))
         newest = (1.0 + state.count // window) ** -0.75
         shares = jnp.where(solved, chosen, even).astype(jnp.float32)
@@ -178,6 +169,22 @@ def forum(
         return jax.tree.structure(fall).unflatten(leaves), new_state
 
     return link(init_fn, update_fn, num_tasks)
+
+
+def _shares(gramian, along, along_per_square, rho, usable):
+    """The s of the steepest descent, and whether it was found: with nu above 0, or with nu = 0.
+
+    The value has one slope where the two meet, so that the minimiser of either is that of both if
+    it lies on its own side.
+    """
+    inside = simplex_qp(
+        gramian - along[:, None] * along_per_square[None, :], rho * along, present=usable
+    )
+    outside = simplex_qp(gramian, present=usable)
+    is_asked = dot(inside.x, along_per_square) < rho
+    chosen = jnp.where(is_asked, inside.x, outside.x)
+    solved = jnp.where(is_asked, inside.converged, outside.converged)
+    return chosen, solved & jnp.all(jnp.isfinite(chosen))
 
 
 def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Array], jax.Array]:
