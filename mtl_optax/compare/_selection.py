@@ -45,8 +45,7 @@ def choose(
       notes: what was noted of each job under every configuration.
       variants: what each job was tried with: options, or of `STATIC` the kind and the weights.
     """
-    metrics, problem = setup.metric_names, setup.problem
-    rates = setup.settings.learning_rates
+    metrics, rates = setup.metric_names, setup.settings.learning_rates
 
     def best(job: Notes, counted: list[int], reference: np.ndarray) -> tuple[int, dict[str, Any]]:
         higher = [setup.higher[metrics[i]] for i in counted]
@@ -79,10 +78,7 @@ def choose(
         singles[name] = best(alone | _costs(notes[STATIC]), [i], ones[:1])[1]
     runs = singles or dict.fromkeys(metrics, best(equal, everything, ones)[1])
     samples = {name: at_best(runs[name], "validation", name) for name in metrics}
-    left_out = [name for name in metrics if _near_zero(samples[name], setup.higher[name])]
-    if len(left_out) == len(metrics):
-        known = [i for i, name in enumerate(metrics) if np.isfinite(samples[name]).any()]
-        left_out = [name for i, name in enumerate(metrics) if i not in (known or everything)]
+    left_out = _left_out(setup, samples, everything)
     counted = [i for i, name in enumerate(metrics) if name not in left_out]
     reference = np.array([_reference(samples[metrics[i]]) for i in counted])
 
@@ -97,18 +93,7 @@ def choose(
     seen = [equal[title][:, config] for title in ("train_loss", "norm", "cosine")]
     return {
         "format": FORMAT,
-        "problem": {
-            "title": problem.title,
-            "source": problem.source,
-            "tasks": list(setup.names),
-            "metrics": metrics,
-            "unit": setup.unit,
-            "higher_is_better": setup.higher,
-            "num_train": setup.source.num_examples,
-            "num_validation": num_examples(problem.validation),
-            "num_test": num_examples(problem.test),
-            "num_parameters": sum(x[0].size for x in jax.tree.leaves(setup.params)),
-        },
+        "problem": _about_problem(setup),
         "left_out": left_out,
         "single_task": singles,
         "strategies": {
@@ -159,6 +144,16 @@ def _reference(samples: np.ndarray) -> float:
     return float(known.mean() if known.size else 1.0) or 1.0
 
 
+def _left_out(setup: Setup, samples: dict[str, np.ndarray], everything: list[int]) -> list[str]:
+    """The metrics that count in no mean: near zero, unless all of them are."""
+    metrics = setup.metric_names
+    near = [name for name in metrics if _near_zero(samples[name], setup.higher[name])]
+    if len(near) < len(metrics):
+        return near
+    known = [i for i, name in enumerate(metrics) if np.isfinite(samples[name]).any()]
+    return [name for i, name in enumerate(metrics) if i not in (known or everything)]
+
+
 def _near_zero(samples: np.ndarray, higher_is_better: bool) -> bool:
     known = samples[np.isfinite(samples)]
     if not known.size:
@@ -173,6 +168,22 @@ def _configs(notes: Notes, chosen: Any) -> Notes:
 
 def _costs(notes: Notes) -> Notes:
     return {title: notes[title] for title in ("wall_ratio", "flops_ratio")}
+
+
+def _about_problem(setup: Setup) -> dict[str, Any]:
+    problem = setup.problem
+    return {
+        "title": problem.title,
+        "source": problem.source,
+        "tasks": list(setup.names),
+        "metrics": setup.metric_names,
+        "unit": setup.unit,
+        "higher_is_better": setup.higher,
+        "num_train": setup.source.num_examples,
+        "num_validation": num_examples(problem.validation),
+        "num_test": num_examples(problem.test),
+        "num_parameters": sum(x[0].size for x in jax.tree.leaves(setup.params)),
+    }
 
 
 def _about(name: str) -> dict[str, str]:
