@@ -291,10 +291,11 @@ def test_gradnorm_descends_its_objective_after_using_its_weights():
     for losses in jnp.array(losses_seq):
         jac, state = tx.update(matrix, state, losses=losses)
         np.testing.assert_allclose(jac.rows(), w[:, None] * matrix, rtol=1e-6)  # w(t) is used
+        np.testing.assert_array_equal(state.weights, w)
         grad = jax.grad(gradnorm_objective)(w, norms, losses, jnp.array(losses_seq[0]), 1.5)
         w = w - 0.05 * grad
         w = 2 * w / jnp.sum(w)
-        np.testing.assert_allclose(state.weights, w, rtol=1e-5)
+        np.testing.assert_allclose(state.next_weights, w, rtol=1e-5)
     np.testing.assert_array_equal(state.initial_losses, losses_seq[0])
 
 
@@ -323,7 +324,7 @@ def test_gradnorm_settles_at_its_closed_form():
     step = lambda state, _: (tx.update(jnp.diag(norms), state, losses=losses)[1], None)  # noqa: E731
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, length=2000))(tx.init(None))
     expected = (losses / initial) / norms
-    np.testing.assert_allclose(state.weights, 3 * expected / jnp.sum(expected), rtol=2e-3)
+    np.testing.assert_allclose(state.next_weights, 3 * expected / jnp.sum(expected), rtol=2e-3)
 
 
 def test_gradnorm_weights_stay_positive_and_sum_to_k():
@@ -331,8 +332,8 @@ def test_gradnorm_weights_stay_positive_and_sum_to_k():
     tx = mtl.scale_by_gradnorm(3, optimizer=optax.adam(0.9))
     _, states = run(tx, [[1.0, 1.0, 1.0]] * 20, matrix)
     for state in states:
-        assert (state.weights > 0).all()
-        np.testing.assert_allclose(jnp.sum(state.weights), 3, rtol=1e-6)
+        assert (state.next_weights > 0).all()
+        np.testing.assert_allclose(jnp.sum(state.next_weights), 3, rtol=1e-6)
 
 
 def test_gradnorm_outlives_a_norm_whose_square_is_infinite():
@@ -349,7 +350,7 @@ def test_gradnorm_weights_do_not_depend_on_the_unit_of_the_losses():
 
     def weights_in(unit):
         losses = unit * np.array([[2.0, 3.0], [1.0, 1.0]] * 5)
-        return run(mtl.scale_by_gradnorm(2), losses, unit * matrix)[1][-1].weights
+        return run(mtl.scale_by_gradnorm(2), losses, unit * matrix)[1][-1].next_weights
 
     np.testing.assert_allclose(weights_in(1e-6), weights_in(1.0), rtol=1e-4)
 
@@ -364,8 +365,8 @@ def test_gradnorm_starts_a_task_with_its_first_positive_loss(optimizer):
     train = jax.jit(lambda x: jax.lax.scan(step, tx.init(None), x)[0])
     expected, got = train(losses), train(np.concatenate([unusable, losses]))
     np.testing.assert_array_equal(got.initial_losses, [2.0, 3.0])
-    np.testing.assert_allclose(got.weights, expected.weights, rtol=0.05)
-    assert got.weights[1] > 1.1
+    np.testing.assert_allclose(got.next_weights, expected.next_weights, rtol=0.05)
+    assert got.next_weights[1] > 1.1
 
 
 def test_gradnorm_shares_what_absent_tasks_leave():
@@ -377,9 +378,9 @@ def test_gradnorm_shares_what_absent_tasks_leave():
         _, state = step(state, jnp.array([True, True, True]))
     for present in ([True, False, False], [False, True, True]):
         _, after = step(state, jnp.array(present))
-        np.testing.assert_allclose(jnp.sum(after.weights), 3, rtol=1e-6)
-        np.testing.assert_allclose(after.weights[0], state.weights[0], rtol=1e-6)
-    assert after.weights[1] != state.weights[1]
+        np.testing.assert_allclose(jnp.sum(after.next_weights), 3, rtol=1e-6)
+        np.testing.assert_allclose(after.next_weights[0], state.next_weights[0], rtol=1e-6)
+    assert after.next_weights[1] != state.next_weights[1]
 
 
 @pytest.mark.long

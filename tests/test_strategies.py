@@ -288,6 +288,22 @@ def test_permuting_the_tasks_permutes_the_weights_and_keeps_the_update(name):
     np.testing.assert_allclose(permuted_weights, weights[order], rtol=1e-4)
 
 
+# They keep no weights, or mix more than the rows: moments, other batches, earlier gradients.
+KEEP_NONE = {"adatask", "graddrop", "mean", "metabalance", "scale_invariant", "sum", "trimmed_mean"}
+MIX_MORE = {"db_mtl", "forum", "m_config", "moco"}
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - KEEP_NONE - MIX_MORE))
+def test_the_weights_of_a_state_are_those_of_its_last_update(name):
+    step, state = link_step(name)
+    _, state = step(MATRIX, state, LOSSES)
+    matrix = 0.7 * MATRIX[::-1]
+    update, state = step(matrix, state, LOSSES * jnp.array([0.9, 0.5, 0.8]))
+    links = state if type(state) is tuple else (state,)
+    weights = [link.weights for link in links if hasattr(link, "weights")]
+    assert relative_error(update, functools.reduce(jnp.multiply, weights) @ matrix) < 1e-5
+
+
 DEGENERATE = {
     "one task": MATRIX[:1],
     "duplicate rows": MATRIX[jnp.array([0, 0, 1])],

@@ -21,7 +21,8 @@ _SMALLEST_WEIGHT = 1e-6
 class GradnormState(NamedTuple):
     """State of `scale_by_gradnorm`."""
 
-    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the next update, positive, sum K
+    weights: Annotated[PerTask, 1.0]  # (K,) float32, of the last update
+    next_weights: Annotated[PerTask, 1.0]  # (K,) float32, what is learned: positive, sum K
     initial_losses: PerTask  # (K,) float32, L(0), 0 until a positive loss is seen
     opt_state: PerTask  # of the optimizer of each weight
     unusable: PerTask  # (K,) int32, updates in which its loss was not positive or not finite
@@ -80,7 +81,7 @@ def scale_by_gradnorm(
       >>> opt_state = tx.init(shared)
       >>> grads = jax.jacrev(task_losses)(shared)
       >>> updates, opt_state = tx.update(grads, opt_state, shared, losses=task_losses(shared))
-      >>> [round(w, 3) for w in optax.tree.get(opt_state, "weights").tolist()]
+      >>> [round(w, 3) for w in optax.tree.get(opt_state, "next_weights").tolist()]
       [1.025, 0.975]
 
     References:
@@ -98,6 +99,7 @@ def scale_by_gradnorm(
         w = jnp.ones(num_tasks, jnp.float32)
         return GradnormState(
             weights=w,
+            next_weights=w,
             initial_losses=jnp.zeros(num_tasks, jnp.float32),
             opt_state=jax.vmap(optimizer.init)(w),
             unusable=jnp.zeros(num_tasks, jnp.int32),
@@ -112,7 +114,7 @@ def scale_by_gradnorm(
         first = jnp.where(jnp.isnan(known), first, known)
         initial = jnp.where(state.initial_losses > 0, state.initial_losses, first)
 
-        w = state.weights
+        w = state.next_weights
         norms = jacobian.norms().astype(jnp.float32)
         usable = positive & jnp.isfinite(norms) & (initial > 0)
         progress = jnp.where(usable, loss / initial, 0)
@@ -126,7 +128,7 @@ def scale_by_gradnorm(
         room = jnp.maximum(num_tasks - jnp.sum(jnp.where(usable, 0, w)), _SMALLEST_WEIGHT)
         total = jnp.sum(jnp.where(usable, next_w, 0))
         next_w = jnp.where(usable, divide(room * next_w, total), w)
-        new_state = GradnormState(next_w, initial, opt_state, state.unusable + ~positive)
+        new_state = GradnormState(w, next_w, initial, opt_state, state.unusable + ~positive)
         return jacobian.scale(w), new_state
 
     return link(init_fn, update_fn, num_tasks)
