@@ -59,6 +59,18 @@ def test_solves_the_linear_programs_of_the_paper(mode):
     assert np.median(np.abs(regrets)) <= 1e-6
 
 
+def test_meets_its_constraints_to_rounding_in_single_precision():
+    """As a task that is absent then leaves no other rounding than its columns' own."""
+    rng, preference = np.random.default_rng(0), np.ones(3)
+    matrices = rng.standard_normal((400, 3, 6)).astype("f4")
+    losses = rng.uniform(0.3, 2, (400, 3)).astype("f4")
+    weights, _ = jax.jit(jax.vmap(weigh, in_axes=(0, 0, None)))(matrices, losses, preference)
+    np.testing.assert_allclose(np.sum(weights, axis=1), 1, rtol=1e-6)
+    for matrix, loss, w in zip(matrices, losses, weights, strict=True):
+        _, A, b = program(matrix.astype(float), loss.astype(float), preference)
+        assert np.all(A @ w - b >= -1e-6 * np.abs(A).max())
+
+
 def test_reaches_the_point_of_the_front_on_the_preferred_ray():
     """VLMOP2: concave, so that no weighted sum reaches any but its ends."""
     shares = jnp.linspace(0.1, 0.9, 5)

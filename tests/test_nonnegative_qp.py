@@ -77,6 +77,17 @@ def test_satisfies_the_optimality_conditions(matrix, dtype):
             np.testing.assert_allclose(solution.x, x, atol=1e-12 * x.max())
 
 
+def test_no_entry_is_ever_negative():
+    """A step that rounding let pass a bound was taken whole: 3 of these were, and converged."""
+    rows = normals(4000, 10, 3).astype("f4")
+    q = np.einsum("nkr,nr->nk", rows, 100 * normals(4000, 3, seed=1).astype("f4"))
+    Q = np.einsum("nkr,njr->nkj", rows, rows)
+    solution = jax.jit(jax.vmap(nonnegative_qp))(Q, q)
+    assert np.all(solution.x >= 0)
+    assert np.all(solution.converged)
+    assert max(map(kkt_residual, Q, q, solution.x)) <= 64 * np.finfo("f4").eps
+
+
 def test_agrees_with_trying_every_active_set():
     for seed in range(20):
         J = normals(4, 6, seed=seed) - 0.4

@@ -15,6 +15,8 @@ from mtl_optax.solvers._base import solve_free
 _STRENGTH = 100.0
 # The least slack of a constraint that counts as met, relative to the largest row.
 _SLACK = -1e-3
+# Corrections of what rounding left: the first one's is of the size of the goal.
+_REFINEMENTS = 2
 
 
 def epo(
@@ -135,14 +137,16 @@ def _maximise(objective, constraints, limits, present):
     even = jnp.where(present, 1 / num_present, 0)
     goal = even + _STRENGTH * in_plane(objective)
     multipliers = nonnegative_qp(products, dot(rows, goal) - limits).x
-    weights = even + in_plane(goal + dot(multipliers, tangents))
-    # The goal is far away and leaves its rounding: once more for the constraints that are met with
-    # equality.
+    weights = goal + dot(multipliers, tangents)
+    # The goal is far away and leaves its rounding: off the plane, and in the constraints that are
+    # met with equality.
     eps = jnp.finfo(rows.dtype).eps
     ridge = jnp.asarray(4 * len(rows) * eps, rows.dtype)
-    missing = limits - dot(rows, weights)
-    step = solve_free(products, ridge, multipliers > 0, missing[:, None])[:, 0]
-    weights = weights + dot(jnp.where(jnp.isfinite(step), step, 0), tangents)
+    for _ in range(_REFINEMENTS):
+        weights = even + in_plane(weights)
+        missing = limits - dot(rows, weights)
+        step = solve_free(products, ridge, multipliers > 0, missing[:, None])[:, 0]
+        weights = weights + dot(jnp.where(jnp.isfinite(step), step, 0), tangents)
     weights = jnp.where(weights > eps, weights, 0)
     weights = weights / jnp.sum(weights)
     return weights, jnp.min(dot(rows, weights) - limits)

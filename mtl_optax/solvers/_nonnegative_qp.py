@@ -177,9 +177,10 @@ def _active_set(C, q, gradient, violation, curved, max_steps):
         goal = origin - jnp.where(failed, 0, step)
 
         blocking = free & (goal < 0)
-        ratio = jnp.min(jnp.where(blocking, x / jnp.where(blocking, x - goal, 1), 1))
-        held = blocking & (x <= ratio * (x - goal))
-        full = ~jnp.any(held)
+        ratios = jnp.where(blocking, x / jnp.where(blocking, x - goal, 1), 1)
+        ratio = jnp.min(ratios)
+        held = blocking & (ratios <= ratio)
+        full = ~jnp.any(blocking)
         partial = jnp.where(held, 0, jnp.maximum(x + ratio * (goal - x), 0))
         moved = jnp.where(pivoting | full, goal, partial)
         excess = violation(moved)
