@@ -284,6 +284,24 @@ def test_conicgrad_is_the_mean_where_no_direction_improves_all():
         assert state.fallbacks == 0
 
 
+@pytest.mark.parametrize("name", ["conicgrad", "cagrad"])
+def test_no_direction_leaves_its_cone_or_ball_where_rows_hardly_improve_together(name):
+    """Three rows in a plane: the lift to a bound out of reach is long, and cancels to rounding."""
+    matrices = np.random.default_rng(3).normal(size=(1500, 3, 2)).astype("f4")
+    tx = mtl.make(name, 3, c=0.5)
+    step = jax.jit(jax.vmap(lambda m: tx.update(m, tx.init(None), losses=jnp.ones(3))))
+    updates, states = step(matrices)
+    assert not np.any(states.fallbacks)
+    means = matrices.astype(float).mean(axis=1)
+    length = np.linalg.norm(means, axis=1)
+    if name == "cagrad":
+        assert np.max(np.linalg.norm(updates - means, axis=1) / length) < 0.5 + 1e-3
+    else:
+        np.testing.assert_allclose(np.linalg.norm(updates, axis=1), length, rtol=1e-2)
+        cosines = np.sum(updates * means, axis=1) / length / np.linalg.norm(updates, axis=1)
+        assert np.min(cosines) > 0.5 - 1e-3
+
+
 # Options.
 
 

@@ -1,7 +1,7 @@
 """The program of CAGrad and ConicGrad: the best worst improvement not too far from the mean."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ from mtl_optax.aggregators._base import relative_norms
 from mtl_optax.solvers import SolverResult
 
 _MAX_STEPS = 50
+# The rounding of a distance that is still one, in units of the radius.
+_KNOWN = 0.1
 
 
 class Mean(NamedTuple):
@@ -51,6 +53,17 @@ class Lift(NamedTuple):
     solved: jax.Array  # () bool
 
 
+class _Search(NamedTuple):
+    ascent: jax.Array  # (K,) weights of the steepest common ascent, which comes first
+    lift: jax.Array  # (K,) the last one whose distance is known
+    bound: jax.Array  # () to try next
+    low: jax.Array  # () a bound whose distance is at most the radius
+    high: jax.Array  # () one whose distance is more, as far as is known
+    solved: jax.Array  # () bool, whether the solver found that lift
+    done: jax.Array
+    steps: jax.Array
+
+
 def best_worst(
     cosines: jax.Array,
     moves: jax.Array,
@@ -63,7 +76,8 @@ def best_worst(
     """The move e of norm `radius` at which the least improvement μ of d = mean + e is largest.
 
     For a bound μ the nearest d to the mean with ⟨g_k, d⟩ ≥ μ is a non-negative QP, and its distance
-    is convex and increasing in μ, so Newton's method finds the μ whose distance is the radius.
+    is convex and increasing in μ, so Newton's method, between bounds that are known to be too low
+    and too high, finds the μ whose distance is the radius.
 
     Args:
       cosines: `(K, K)`, of the rows.
@@ -94,31 +108,55 @@ def best_worst(
         attainable = seen & jnp.all((mean.relative > 0) | ~present)
         return Ascent(weights, jnp.sqrt(jnp.maximum(square, 0)), jnp.where(attainable, 1 / eta, 0))
 
-    def unsolved(carry: Any) -> jax.Array:
-        *_, done, steps = carry
-        return ~done & (steps < _MAX_STEPS)
+    # With a lift of 0, d is the mean, and gains this.
+    at_mean = jnp.min(jnp.where(ratios > 0, divide(mean.slopes, ratios), jnp.inf))
 
-    def body(carry: Any) -> Any:
-        ascent, _, bound, _, _, steps = carry
-        first = steps == 0
+    def unsolved(search: _Search) -> jax.Array:
+        return ~search.done & (search.steps < _MAX_STEPS)
+
+    def body(search: _Search) -> _Search:
+        first, bound = search.steps == 0, search.bound
         # One call of the solver, for one copy of it in the program.
         solution = solve(
             jnp.where(first, cosines + ridge * eye, moves),
             jnp.where(first, 0, mean.slopes) - jnp.where(first, 1, bound) * ratios,
         )
         lift = solution.x
-        distance = jnp.sqrt(jnp.maximum(dot(lift, dot(moves, lift)), 0))
+        square = jnp.maximum(dot(lift, dot(moves, lift)), 0)
+        noise = 4 * eps * (square + jnp.sum(lift) ** 2)
+        distance = jnp.sqrt(square)
+        rounding = divide(noise, jnp.sqrt(jnp.maximum(square, noise)))
         gain = dot(ratios, lift)  # distance times its derivative in the bound
-        rounding = eps * (distance + divide(jnp.sum(lift) ** 2, distance))
         excess = distance - radius
-        # Convex: from above, Newton's iterates stay above the root.
-        following = bound - divide(excess * distance, gain)
-        done = (excess <= 4 * rounding) | (gain <= 0) | (following >= bound)
-        ascent = jnp.where(first, lift, ascent)
-        bound = jnp.where(first, start(steepest(ascent), ratios), following)
-        return ascent, lift, bound, solution.converged, done & ~first, steps + 1
+        # Towards a bound that is not attainable the lift grows until it cancels to rounding. All
+        # that its distance says then is that the bound is too high.
+        known = rounding <= _KNOWN * radius
+        low = jnp.where(known & (excess <= 0), bound, search.low)
+        high = jnp.where(known & (excess <= 0), search.high, bound)
+        # Convex: from either side Newton's iterates come to lie above the root.
+        newton = bound - divide(excess * distance, gain)
+        is_between = known & (low < newton) & (newton < high)
+        following = jnp.where(is_between, newton, low + (high - low) / 2)
+        met = (excess <= rounding) & ((excess >= -rounding) | (bound >= high))
+        met |= (excess > 0) & (newton >= bound)
+        nothing_between = (following <= low) | (following >= high)
+        then = _Search(
+            ascent=search.ascent,
+            lift=jnp.where(known, lift, search.lift),
+            bound=following,
+            low=low,
+            high=high,
+            solved=jnp.where(known, solution.converged, search.solved),
+            done=(known & met) | nothing_between,
+            steps=search.steps + 1,
+        )
+        top = start(steepest(lift), ratios)
+        begin = search._replace(
+            ascent=lift, bound=top, low=jnp.minimum(at_mean, top), high=top, steps=then.steps
+        )
+        return jax.tree.map(lambda a, b: jnp.where(first, a, b), begin, then)
 
-    zeros, false = jnp.zeros_like(mean.relative), jnp.zeros((), bool)
-    carry = (zeros, zeros, jnp.zeros_like(radius), false, false, jnp.zeros((), jnp.int32))
-    ascent, lift, _, converged, done, _ = jax.lax.while_loop(unsolved, body, carry)
-    return Lift(steepest(ascent), lift, done & converged)
+    zeros, zero, false = jnp.zeros_like(mean.relative), jnp.zeros_like(radius), jnp.bool_(False)
+    search = _Search(zeros, zeros, zero, zero, zero, false, false, jnp.zeros((), jnp.int32))
+    search = jax.lax.while_loop(unsolved, body, search)
+    return Lift(steepest(search.ascent), search.lift, search.done & search.solved)
