@@ -98,7 +98,7 @@ def test_models_that_refresh_at_different_times_do_as_each_alone():
         carry, alone = together(carry), [single(each) for each in alone]
     for i in range(2):
         for a, b in zip(jax.tree.leaves(carry[0]), jax.tree.leaves(alone[i][0]), strict=True):
-            np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trunk_that_is_not_finite_in_one_model_leaves_the_others_as_they_were():
