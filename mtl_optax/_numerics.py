@@ -56,6 +56,15 @@ def divide(a: ArrayLike, b: jax.Array, otherwise: ArrayLike = 0) -> jax.Array:
     return jnp.where(positive, a / jnp.where(positive, b, 1), otherwise)
 
 
+def bounded(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    """What left the range of its dtype, or of another that it is cast to, at the end of it.
+
+    A weight is a quotient of norms and may, where the row that it weighs is tiny. NaN stays NaN.
+    """
+    limits = jnp.finfo(dtype or x.dtype)
+    return jnp.clip(x, float(limits.min), float(limits.max)).astype(limits.dtype)
+
+
 def power_of_two(x: jax.Array) -> jax.Array:
     """The largest power of two up to x > 0, else 1: a scale that divides without rounding.
 

@@ -607,3 +607,21 @@ def test_the_plan_names_variables_by_their_paths():
     names = [leaf.name for leaf in mtl.value_and_jac(fn)(model)[1].plan().leaves]
     assert names[:2] == ["net/a/bias", "net/a/kernel"]
     assert names[-3:] == ["net/features/layers/0/kernel", "pair/left", "pair/right"]
+
+
+def test_features_without_gradients_are_handed_on():
+    def encode(w, x):
+        return {"z": jnp.tanh(x @ w), "mask": x[:, 0] > 0, "key": jax.random.key(0), "none": None}
+
+    def decode(w, features, x):
+        z = features["z"] * features["mask"]
+        return {"a": jnp.sum(z**2), "b": jnp.sum(z) + jax.random.normal(features["key"])}
+
+    w, x = jnp.array([0.5, -1.0]), jnp.array([[1.0, 2.0], [-3.0, 1.0], [0.2, 0.4]])
+    losses, jac = jax.jit(mtl.value_and_feature_jac(encode, decode))(w, x)
+    z, mask = np.tanh(np.array(x @ w)), np.array(x[:, 0] > 0)
+    features = np.stack([2 * z * mask, mask])
+    np.testing.assert_allclose(jac.gramian(), features @ features.T, rtol=1e-6)
+    wanted = jax.jacrev(lambda w: decode(w, encode(w, x), x))(w)
+    np.testing.assert_allclose(jac.rows(), jnp.stack([wanted["a"], wanted["b"]]), rtol=1e-5)
+    assert losses.keys() == {"a", "b"}

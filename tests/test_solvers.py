@@ -637,3 +637,11 @@ def test_variables_that_are_not_there_change_nothing(dtype):
     assert not nobody.converged
     with pytest.raises(ValueError, match="present has shape"):
         solvers.simplex_qp(jnp.eye(2), present=jnp.ones(3, bool))
+
+
+@pytest.mark.parametrize("num_tasks", [2, 3, 8])
+@pytest.mark.parametrize("fill", [0.0, 1.3])
+def test_the_even_minimiser_is_taken_where_all_rows_are_alike(num_tasks, fill):
+    """So that a task that is not there does not change how the others are weighed."""
+    x = solvers.simplex_qp(np.full((num_tasks, num_tasks), fill, "f4")).x
+    np.testing.assert_allclose(x, np.full(num_tasks, 1 / num_tasks), rtol=1e-6)

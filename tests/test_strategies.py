@@ -304,6 +304,34 @@ def test_the_weights_of_a_state_are_those_of_its_last_update(name):
     assert relative_error(update, functools.reduce(jnp.multiply, weights) @ matrix) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("pcgrad", [[2.7e-38, 0], [-500, 20]]),
+        ("gradvac", [[2.7e-38, 0], [-500, 20]]),
+        ("pcd", [[500, 20], [-2.7e-38, 0]]),
+        ("db_mtl", [[3e-37, 0], [200, 200]]),
+        ("encodec", [[1e-34, 0], [2e5, 2e5]]),
+    ],
+)
+def test_norms_further_apart_than_the_range_of_float32_leave_the_update_finite(name, rows):
+    tx, matrix = make(name, 2), jnp.array(rows, jnp.float32)
+    update, state = tx.update(matrix, tx.init(jnp.zeros(2)), jnp.zeros(2), losses=jnp.ones(2))
+    chex.assert_tree_all_finite((update, [x for x in jax.tree.leaves(state) if not is_key(x)]))
+
+
+def test_weights_beyond_float32_do_not_spoil_a_state_in_double_precision():
+    with jax.enable_x64(True):
+        rows = [jnp.array([[tiny, 0.0], [-1.0, -1.0]]) for tiny in (0.2, 4e-44, 4e-44, 0.2, 0.2)]
+        pcgrad = mtl.pcgrad(2, key=jax.random.key(0))
+        for tx in (mtl.grad_norm_weights(2), mtl.every(2, pcgrad), mtl.skip_nonfinite(pcgrad)):
+            state = tx.init(jnp.zeros(2))
+            for matrix in rows:
+                update, state = tx.update(matrix, state, jnp.zeros(2), losses=jnp.ones(2))
+                chex.assert_tree_all_finite(update)
+                assert np.any(update)
+
+
 DEGENERATE = {
     "one task": MATRIX[:1],
     "duplicate rows": MATRIX[jnp.array([0, 0, 1])],

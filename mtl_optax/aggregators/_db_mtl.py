@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import bounded, divide
 from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.conditioning import ema_tasks, log_losses
 from mtl_optax.links import link
@@ -80,7 +80,7 @@ def _sum_at_largest_norm(num_tasks: int) -> optax.GradientTransformationExtraArg
     def update_fn(jacobian, state, **extra_args):
         del state, extra_args
         norms = jacobian.norms()
-        weights = divide(jnp.max(norms), norms, 1)
-        return jacobian.combine(weights), DbMtlState(weights.astype(jnp.float32))
+        weights = bounded(divide(jnp.max(norms), norms, 1))
+        return jacobian.combine(weights), DbMtlState(bounded(weights, jnp.float32))
 
     return link(init_fn, update_fn, num_tasks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import bounded, divide
 from mtl_optax._options import BELOW_ONE, UP_TO_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._base import pseudo_solve, relative_norms, towards
 from mtl_optax.links import link, running_mean
@@ -105,7 +105,7 @@ def gradcraft(
         solved = jnp.all(jnp.isfinite(weights))
         weights = jnp.where(solved, weights, 1 / jacobian.num_present)
         new_state = GradcraftState(
-            weights.astype(jnp.float32), sums, masses, state.fallbacks + ~solved
+            bounded(weights, jnp.float32), sums, masses, state.fallbacks + ~solved
         )
         return jacobian.combine(weights), new_state
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import UP_TO_ONE, check_key, check_num_tasks, check_option
 from mtl_optax.aggregators._base import random_orders
 from mtl_optax.links import keep_finite, link
@@ -83,11 +83,11 @@ def gradvac(
         targets = state.targets.astype(norms.dtype)
         orders = random_orders(order_key, jacobian.present)
         coefficients, seen = _vaccinate(cosines, targets, orders)
-        weights = divide(dot(norms, coefficients), norms)
+        weights = bounded(divide(dot(norms, coefficients), norms))
         update = jacobian.combine(weights)
         mixed = targets + jnp.asarray(1 - decay, norms.dtype) * (seen - targets)
         targets = keep_finite(mixed, targets).astype(jnp.float32)
-        return update, GradvacState(weights.astype(jnp.float32), targets, next_key)
+        return update, GradvacState(bounded(weights, jnp.float32), targets, next_key)
 
     return link(init_fn, update_fn, num_tasks)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import (
     BELOW_ONE,
     UP_TO_ONE,
@@ -125,9 +125,9 @@ def pcd(
         nonzero = square > rounding
         scale = norms[first] / jnp.sqrt(jnp.where(nonzero, square, 1))
         of_rows = divide(scale, norms)
-        weights = jnp.where(nonzero, direction * of_rows, 0)
+        weights = bounded(jnp.where(nonzero, direction * of_rows, 0))
         new_state = PcdState(
-            weights.astype(jnp.float32),
+            bounded(weights, jnp.float32),
             mean.astype(jnp.float32),
             mass.astype(jnp.float32),
             state.fallbacks + ~met,

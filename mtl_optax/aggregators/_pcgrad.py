@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import check_key, check_num_tasks
 from mtl_optax.aggregators._base import random_orders
 from mtl_optax.links import link
@@ -69,7 +69,7 @@ def pcgrad(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExt
         cosines, norms = jacobian.correlation()
         weights = _projected_weights(cosines, norms, random_orders(order_key, jacobian.present))
         update = jacobian.combine(weights)
-        return update, PcgradState(weights.astype(jnp.float32), next_key)
+        return update, PcgradState(bounded(weights, jnp.float32), next_key)
 
     return link(init_fn, update_fn, num_tasks)
 
@@ -90,4 +90,4 @@ def _projected_weights(cosines: jax.Array, norms: jax.Array, orders: jax.Array) 
         return jax.lax.fori_loop(0, num_tasks, off, unit)
 
     total = dot(norms, jax.vmap(project)(tasks, orders))
-    return divide(total, norms)
+    return bounded(divide(total, norms))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, power_of_two
+from mtl_optax._numerics import bounded, divide, power_of_two
 from mtl_optax._options import BELOW_ONE, check_flag, check_num_tasks, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.balancers._base import summed
@@ -99,7 +99,7 @@ def scale_by_encodec(
         share = divide(share, jnp.sum(share), share)
         total = jnp.sum(average) if total_norm is None else total_norm
         weights = jnp.where(average > 0, share * divide(total, average), 1)
-        weights = weights.astype(jnp.float32)
+        weights = bounded(weights, jnp.float32)
         return jacobian.scale(weights), EncodecState(weights, norms, masses)
 
     return link(init_fn, update_fn, num_tasks)

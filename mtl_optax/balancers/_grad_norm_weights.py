@@ -81,8 +81,8 @@ def scale_by_grad_norm_weights(
         if to == "mean":
             total = total / jnp.maximum(jnp.sum(finite & jacobian.present), 1)
         ratio = divide(total, relative, jnp.nan)
-        mixed = decay * state.weights + (1 - decay) * ratio
-        weights = jnp.where(jnp.isfinite(mixed), mixed, state.weights).astype(jnp.float32)
+        mixed = (decay * state.weights + (1 - decay) * ratio).astype(jnp.float32)
+        weights = jnp.where(jnp.isfinite(mixed), mixed, state.weights)
         return jacobian.scale(weights), GradNormWeightsState(weights)
 
     return link(init_fn, update_fn, num_tasks)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from mtl_optax._branch import where_needed
-from mtl_optax._numerics import is_integer
+from mtl_optax._numerics import bounded, is_integer
 from mtl_optax._options import check_num_tasks, is_traced
 from mtl_optax._typing import Schedule
 from mtl_optax.jacobian import Jacobian
@@ -127,9 +127,9 @@ def every(
         new_state = EveryState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             wait=jnp.where(due, period, state.wait) - 1,
-            held_scales=scales.astype(jnp.float32),
-            held_weights=weights.astype(jnp.float32),
-            held_norms=norms.astype(jnp.float32),
+            held_scales=bounded(scales, jnp.float32),
+            held_weights=bounded(weights, jnp.float32),
+            held_norms=bounded(norms, jnp.float32),
             weighed=weighed,
             inner_state=inner_state,
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, power_of_two, wide
+from mtl_optax._numerics import bounded, divide, power_of_two, wide
 from mtl_optax._options import check_choice
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.conditioning._base import run
@@ -89,7 +89,7 @@ def match_norm(
             else leaf
             for leaf, is_shared in zip(leaves, shared, strict=True)
         ]
-        new_state = MatchNormState(factor.astype(jnp.float32), inner_state)
+        new_state = MatchNormState(bounded(factor, jnp.float32), inner_state)
         return treedef.unflatten(leaves), new_state
 
     return link(init_fn, update_fn)

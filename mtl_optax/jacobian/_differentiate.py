@@ -159,7 +159,8 @@ def value_and_feature_jac(
     parameters). The solution MGDA finds with it bounds that of the true Gramian from above.
 
     Args:
-      encode_fn: `encode_fn(params, *args, **kwargs)` returns the features, any pytree of arrays.
+      encode_fn: `encode_fn(params, *args, **kwargs)` returns the features, any pytree of arrays;
+        masks and indices among them are handed on.
       decode_fn: `decode_fn(params, features, *args, **kwargs)` returns the K losses.
       has_aux: whether `decode_fn` returns `(losses, aux)`.
       wrt: as in `value_and_jac`.
@@ -195,15 +196,23 @@ def value_and_feature_jac(
     @functools.wraps(decode_fn)
     def value_and_feature_jac_fn(params, *args, **kwargs):
         encoding = Arguments.of((params, *args), kwargs, 0, wrt)
-        features, encode_linear, changes = jax.linearize(
-            lambda leaves: encoding.call(encode_fn, encoding.with_leaves(leaves)),
-            encoding.leaves,
-            has_aux=True,
+
+        def features_of(leaves):
+            features, changes = encoding.call(encode_fn, encoding.with_leaves(leaves))
+            smooth, others = _smooth_and_others(features)
+            return smooth, (others, changes)
+
+        features, encode_linear, (others, changes) = jax.linearize(
+            features_of, encoding.leaves, has_aux=True
         )
         encoding.write_back(changes)
         decoding = Arguments.of((params, features, *args), kwargs, 0, wrt)
 
-        def losses_of(leaves, features):
+        def losses_of(leaves, smooth):
+            features = jax.tree.map(
+                lambda leaf, other: other if leaf is None else leaf,
+                smooth, others, is_leaf=lambda leaf: leaf is None,
+            )  # fmt: skip
             fn = lambda params, _, *args, **kwargs: decode_fn(params, features, *args, **kwargs)  # noqa: E731
             result, changes = decoding.call(fn, decoding.with_leaves(leaves))
             losses, aux = split_aux(result, has_aux)
@@ -222,6 +231,15 @@ def value_and_feature_jac(
         return (losses, *aux) if has_aux else losses, jacobian
 
     return value_and_feature_jac_fn
+
+
+def _smooth_and_others(features: Any) -> tuple[Any, Any]:
+    """Those that have gradients, and masks, indices and random keys; None where it is the other."""
+    is_smooth = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)  # noqa: E731
+    return (
+        jax.tree.map(lambda leaf: leaf if is_smooth(leaf) else None, features),
+        jax.tree.map(lambda leaf: None if is_smooth(leaf) else leaf, features),
+    )
 
 
 def as_jacobian(grads: Any, losses: Any, *, shared: Mask | None = None) -> Jacobian:

@@ -186,6 +186,9 @@ def _solve(Q, q, floors, total, present, *, max_steps):
     even = jnp.where(present, s * divide(room, jnp.sum(present), room), 0)
     y = jnp.where(mass > 0, y * divide(room, mass), even)
     x, steps = _base.active_set(lower + y, lower, target, violation, steps, max_steps)
+    # Of many minimisers, as where all rows are 0 or alike, the even one: it is the same for any K.
+    evenly = lower + even
+    x = jnp.where(jnp.max(violation(evenly)) <= eps, evenly, x)
 
     gap = jnp.maximum(jnp.max(violation(x)), 0)
     x = a * x
