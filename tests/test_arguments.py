@@ -625,3 +625,11 @@ def test_features_without_gradients_are_handed_on():
     wanted = jax.jacrev(lambda w: decode(w, encode(w, x), x))(w)
     np.testing.assert_allclose(jac.rows(), jnp.stack([wanted["a"], wanted["b"]]), rtol=1e-5)
     assert losses.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("mask", ["trunk", 3, {"w": "yes", "a": False, "b": False}])
+def test_a_mask_holds_bools(mask):
+    params = {name: jnp.ones(3) for name in ("w", "a", "b")}
+    losses = lambda p: {n: jnp.sum((p["w"] * p[n] - 2) ** 2) for n in ("a", "b")}  # noqa: E731
+    with pytest.raises(TypeError, match="holds no bool, expected True or False"):
+        mtl.value_and_jac(losses, gramian_at=mask)(params)

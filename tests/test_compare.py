@@ -40,7 +40,7 @@ from mtl_optax.compare import (
     _summary as summary,
     _train as train,
 )
-from mtl_optax.compare._problem import Settings, batch_order, check_names
+from mtl_optax.compare._problem import Settings, batch_order, check_names, check_optimizer
 from mtl_optax.metrics import delta_m, mean_rank
 
 # What no file name, table, formula or page may trip over.
@@ -1248,3 +1248,13 @@ def test_one_loss_is_diagnosed():
     one = lambda w, x: {"a": fits(w, x)["a"]}  # noqa: E731
     problem = dataclasses.replace(least_squares(one, higher_is_better=False), loss_fn=one)
     assert mtl.compare.diagnose(problem, seeds=1, steps=4).verdict == "nothing"
+
+
+@pytest.mark.parametrize(
+    "optimizer", [optax.adam, optax.sgd(0.1), None, lambda rate: optax.sgd(rate)]
+)
+def test_an_optimizer_is_a_function_of_a_rate_and_the_steps(optimizer):
+    """`optax.adam` itself would take the number of steps as its b1."""
+    with pytest.raises(ValueError, match="a learning rate and the number of steps"):
+        check_optimizer(optimizer)
+    check_optimizer(lambda rate, steps: optax.sgd(rate))

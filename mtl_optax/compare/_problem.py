@@ -177,6 +177,22 @@ def check_numbers(metrics: Mapping[str, Any]) -> None:
             raise ValueError(f"metric {name!r} is {_described(value)}, expected one real number")
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what is no function of a rate and a number of steps, as `optax.adam` itself."""
+    fits = callable(optimizer)
+    if fits:
+        parameters = list(inspect.signature(optimizer).parameters.values())
+        both = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        several = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        # A default of the second one, as that of b1, says that it means something else.
+        fits = several or (len(both) > 1 and both[1].default is inspect.Parameter.empty)
+    if not fits:
+        raise ValueError(
+            f"optimizer={_shortened(optimizer)}, expected a function of a learning rate and the "
+            "number of steps: lambda rate, steps: optax.adam(rate)"
+        )
+
+
 def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses options that no strategy would get."""
     for name, told in options.items():

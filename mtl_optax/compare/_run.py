@@ -102,11 +102,12 @@ def _chosen(problem: Problem, strategies: Sequence[str]) -> tuple[list[str], dic
     if "weights" not in problem.options:
         skipped["weights"] = "needs weights of yours, in options"
     everything = [name for name in mtl.STRATEGIES if name not in skipped]
+    for name in strategies:
+        if name not in ("all", *mtl.STRATEGIES):
+            mtl.make(name, 1)  # raises, and says which names are near
     if "all" in strategies:
         return [name for name in everything if name != EQUAL_WEIGHTS], skipped
     for name in strategies:
-        if name not in mtl.STRATEGIES:
-            mtl.make(name, 1)  # raises, and says which names are near
         if name in skipped:
             raise ValueError(f"{name} {skipped[name]}: give the Problem some, or leave it out")
     return [name for name in dict.fromkeys(strategies) if name != EQUAL_WEIGHTS], {}

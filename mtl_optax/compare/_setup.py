@@ -19,6 +19,7 @@ from mtl_optax.compare._problem import (
     by_name,
     check_names,
     check_numbers,
+    check_optimizer,
     check_options,
     check_texts,
 )
@@ -48,6 +49,7 @@ class Setup:
     def __init__(self, problem: Problem, settings: Settings):
         self.problem, self.settings = problem, settings
         check_options(problem.options)
+        check_optimizer(problem.optimizer)
         check_texts(title=problem.title, source=problem.source)
         self.source = source_of(problem, settings)
         models = [problem.init(jax.random.key(seed)) for seed in range(settings.seeds)]

@@ -102,7 +102,8 @@ def moo_svgd(
         seen = finite[:, None] & finite[None]
         apart = jnp.where(seen[..., None], losses[:, None] - losses[None], 0)
         squares = jnp.where(seen, jnp.sum(apart**2, axis=2), jnp.nan)
-        h = jnp.nanmedian(squares) / n if bandwidth is None else bandwidth
+        count = jnp.maximum(jnp.sum(finite), 1)
+        h = jnp.nanmedian(squares) / count if bandwidth is None else bandwidth
         h = jnp.asarray(h, squares.dtype)
         kernel = jnp.where(seen, jnp.exp(-divide(squares, h)), 0)
         slopes = -2 * jnp.sum(kernel[..., None] * divide(apart, jnp.sqrt(h)), axis=1)
@@ -112,7 +113,7 @@ def moo_svgd(
             alone = (n,) + (1,) * (descent.ndim - 1)
             descent = jnp.where(finite.reshape(alone), descent, 0)
             drawn = mix(kernel, descent)
-            return (drawn + push) / n
+            return ((drawn + push) / count).astype(descent.dtype)
 
         return jax.tree.map(mixed, descents, pushes), MooSvgdState(
             weights.astype(jnp.float32), h.astype(jnp.float32)

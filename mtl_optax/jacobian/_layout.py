@@ -119,6 +119,12 @@ class Layout:
 def resolve_mask(mask: Mask, params: Any, option: str) -> tuple[bool, ...]:
     """A mask over the parameters as one bool each."""
     mask = mask(params) if callable(mask) else mask
+    for leaf in jax.tree.leaves(mask):
+        if not (isinstance(leaf, bool) or jnp.issubdtype(getattr(leaf, "dtype", int), jnp.bool_)):
+            raise TypeError(
+                f"{option}={leaf!r} holds no bool, expected True or False for each parameter: a "
+                "tree of their structure, a prefix of it, or a function from them to one"
+            )
     try:
         full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: bool(m), sub), mask, params)
     except ValueError as error:
