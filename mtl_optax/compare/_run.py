@@ -102,6 +102,7 @@ def _chosen(problem: Problem, strategies: Sequence[str]) -> tuple[list[str], dic
     if "weights" not in problem.options:
         skipped["weights"] = "needs weights of yours, in options"
     everything = [name for name in mtl.STRATEGIES if name not in skipped]
+    strategies = [strategies] if isinstance(strategies, str) else strategies
     for name in strategies:
         if name not in ("all", *mtl.STRATEGIES):
             mtl.make(name, 1)  # raises, and says which names are near
