@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import html
+import importlib
 import itertools
 import json
 import os
@@ -1258,3 +1259,26 @@ def test_an_optimizer_is_a_function_of_a_rate_and_the_steps(optimizer):
     with pytest.raises(ValueError, match="a learning rate and the number of steps"):
         check_optimizer(optimizer)
     check_optimizer(lambda rate, steps: optax.sgd(rate))
+
+
+def test_code_of_the_user_is_seen_through_modules_imports_and_slots(tmp_path, monkeypatch):
+    (tmp_path / "ownlib").mkdir()
+    (tmp_path / "ownlib" / "__init__.py").write_text("")
+    (tmp_path / "ownlib" / "score.py").write_text("def of(w): return 1 + w\n")
+    (tmp_path / "ownlib" / "user.py").write_text(
+        "import ownlib.score\n"
+        "def outside(w): return ownlib.score.of(w)\n"
+        "def inside(w):\n    import ownlib.score as score\n    return score.of(w)\n"
+        "class Held:\n    __slots__ = ('c',)\n    def __init__(self, c): self.c = c\n"
+        "held = Held(1)\n"
+        "def slotted(w): return held.c * w\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    user = importlib.import_module("ownlib.user")
+    functions = [user.outside, user.inside, user.slotted]
+    before = [hashes.of_function(f) for f in functions]
+    assert before == [hashes.of_function(f) for f in functions]
+    monkeypatch.setattr(sys.modules["ownlib.score"], "of", lambda w: 100 + w)
+    user.held.c = 2
+    for function, old in zip(functions, before, strict=True):
+        assert hashes.of_function(function) != old

@@ -148,7 +148,9 @@ class _Walk:
         elif isinstance(value, type):
             yield from _of_class(value)
         elif _is_own(type(value)):
-            yield from (type(value), getattr(value, "__dict__", None))
+            slots = [n for cls in type(value).__mro__ for n in getattr(cls, "__slots__", ())]
+            held = {name: getattr(value, name, None) for name in slots if name != "__dict__"}
+            yield from (type(value), getattr(value, "__dict__", None), held)
         else:
             yield _name(value)
 
@@ -164,12 +166,25 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
         return
     yield function.__code__
     names = sorted(_names(function.__code__))
+    seen: set[str] = set()
     for name in names:
         if name in function.__globals__:
-            value = function.__globals__[name]
-            yield value
-            if isinstance(value, types.ModuleType) and _is_own(value):
-                yield from (getattr(value, n) for n in names if hasattr(value, n))
+            yield function.__globals__[name]
+            yield from _of_module(function.__globals__[name], names, seen)
+        # Or a module that the function imports itself.
+        yield from _of_module(sys.modules.get(name), names, seen)
+
+
+def _of_module(value: Any, names: list[str], seen: set[str]) -> Iterator[Any]:
+    """What code may reach by names in a module of the user's, and in those inside it."""
+    if not (isinstance(value, types.ModuleType) and _is_own(value)) or value.__name__ in seen:
+        return
+    seen.add(value.__name__)
+    for name in names:
+        if hasattr(value, name):
+            part = getattr(value, name)
+            yield part
+            yield from _of_module(part, names, seen)
 
 
 def _of_code(code: types.CodeType) -> Iterator[Any]:
