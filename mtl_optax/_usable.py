@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, power_of_two
+from mtl_optax._numerics import bounded, divide, power_of_two
 
 # An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
 _LARGEST_GRADIENT = 1e18
@@ -34,13 +34,12 @@ def positive_log(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def bounded_exp(x: jax.Array) -> jax.Array:
     """The exponential, the largest float where it would overflow: inf times 0 would be NaN."""
-    return jnp.minimum(jnp.exp(x), jnp.finfo(x.dtype).max)
+    return bounded(jnp.exp(x))
 
 
 def softmax_over(usable: jax.Array, logits: jax.Array, others: jax.Array) -> jax.Array:
     """Softmax over the usable tasks, 0 elsewhere; even over the `others` where none is usable."""
-    largest = jnp.finfo(logits.dtype).max
-    logits = jnp.where(usable, jnp.clip(logits, -largest, largest), -jnp.inf)
+    logits = jnp.where(usable, bounded(logits), -jnp.inf)
     even = others / jnp.maximum(jnp.sum(others), 1).astype(logits.dtype)
     return jnp.where(jnp.any(usable), jax.nn.softmax(logits), even)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import check_choice, check_num_tasks, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
@@ -106,7 +106,7 @@ def relative_norms(norms: jax.Array) -> jax.Array:
 
 def towards(target: jax.Array, norms: jax.Array, relax_factor: float | jax.Array) -> jax.Array:
     """The weights that bring norms the part r of the way to the target; finite for a norm of 0."""
-    ratio = jnp.minimum(divide(target, norms, 1), jnp.finfo(norms.dtype).max)
+    ratio = bounded(divide(target, norms, 1))
     return relax_factor * ratio + (1 - relax_factor)
 
 

@@ -70,7 +70,7 @@ def best_worst(
     mean: Mean,
     present: jax.Array,
     radius: jax.Array,
-    start: Callable[[Ascent, jax.Array], jax.Array],
+    start: Callable[[Ascent, jax.Array, jax.Array], jax.Array],
     solve: Callable[[jax.Array, jax.Array], SolverResult],
 ) -> Lift:
     """The move e of norm `radius` at which the least improvement μ of d = mean + e is largest.
@@ -85,8 +85,8 @@ def best_worst(
       mean: of the rows. In units of its norm, d is 1 + e long.
       present: `(K,)` bool.
       radius: of the ball around the mean.
-      start: from the steepest common ascent and the ratios of the least norm to each row's to a
-        bound μ above that of the radius, in units of the least norm.
+      start: from the steepest common ascent, the ratios of the least norm to each row's and the
+        bound that the mean meets to one μ above that of the radius, in units of the least norm.
       solve: the solver of the non-negative QP for `moves`.
     """
     K, eps = mean.relative.size, jnp.finfo(cosines.dtype).eps
@@ -109,7 +109,7 @@ def best_worst(
         return Ascent(weights, jnp.sqrt(jnp.maximum(square, 0)), jnp.where(attainable, 1 / eta, 0))
 
     # With a lift of 0, d is the mean, and gains this.
-    at_mean = jnp.min(jnp.where(ratios > 0, divide(mean.slopes, ratios), jnp.inf))
+    at_mean = jnp.min(jnp.where(ratios > 0, divide(mean.slopes, ratios), 1))
 
     def unsolved(search: _Search) -> jax.Array:
         return ~search.done & (search.steps < _MAX_STEPS)
@@ -150,7 +150,7 @@ def best_worst(
             done=(known & met) | nothing_between,
             steps=search.steps + 1,
         )
-        top = start(steepest(lift), ratios)
+        top = start(steepest(lift), ratios, at_mean)
         begin = search._replace(
             ascent=lift, bound=top, low=jnp.minimum(at_mean, top), high=top, steps=then.steps
         )

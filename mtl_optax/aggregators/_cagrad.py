@@ -83,8 +83,8 @@ def cagrad(
 def _weights(cosines, norms, radius, present):
     mean = mean_of_rows(cosines, norms, present)
 
-    def start(ascent, ratios):
-        del ratios
+    def start(ascent, ratios, at_mean):
+        del ratios, at_mean
         return (1 + radius) * ascent.gain
 
     lift = best_worst(cosines, cosines, mean, present, radius, start, nonnegative_qp_of_cosines)

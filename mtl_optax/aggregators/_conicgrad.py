@@ -75,7 +75,7 @@ def _weights(cosines, norms, c, present):
     def leaves_cone(ascent):
         return (ascent.gain > 0) & (dot(s, ascent.weights) < c * ascent.norm)
 
-    def start(ascent, ratios):
+    def start(ascent, ratios, at_mean):
         # What the ascent gains at the length at which it has come as far as the mean, where it is
         # outside of the cone. All moves together are 0, so no bound is met beyond the one at which
         # every task gains as much, and at that one only up to rounding.
@@ -83,7 +83,6 @@ def _weights(cosines, norms, c, present):
         most = divide(dot(s, weights), dot(ratios, weights))
         outside = ascent.gain * divide(ascent.norm, dot(s, ascent.weights))
         outside = jnp.minimum(outside, (1 - 64 * s.size * jnp.finfo(s.dtype).eps) * most)
-        at_mean = jnp.min(jnp.where(ratios > 0, divide(s, ratios), 1))
         return jnp.where(leaves_cone(ascent), outside, at_mean)
 
     lift = best_worst(cosines, moves, mean, present, radius, start, nonnegative_qp)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import bounded, divide
 from mtl_optax._options import check_num_tasks, check_option, check_preference, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import unit_vector
@@ -90,8 +90,7 @@ def scale_by_cosmos(
         # All losses 0 have no direction to turn.
         weights = r - penalty * divide(turn, size)
         # Near 0 losses the turn may overflow, and inf times a gradient of 0 would be NaN.
-        largest = jnp.finfo(weights.dtype).max
-        weights = jnp.clip(weights, -largest, largest)
+        weights = bounded(weights)
         unusable = state.unusable + ~finite
         return jacobian.scale(weights), CosmosState(weights.astype(jnp.float32), unusable)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import bounded, divide
 from mtl_optax._options import check_count, check_num_tasks, check_option
 from mtl_optax._usable import positive_log
 from mtl_optax.aggregators._simplex_steps import exchange
@@ -89,7 +89,7 @@ def scale_by_go4align(
         # Ratios before their sum, which may leave the range.
         relative = divide(loss, jnp.max(jnp.where(usable, loss, 0)))
         found = q * divide(jnp.sum(jnp.where(usable, relative, 0)), relative)
-        found = jnp.where(usable, jnp.minimum(found, jnp.finfo(found.dtype).max), 0)
+        found = jnp.where(usable, bounded(found), 0)
         weights = jnp.where(usable, group_means(found, usable, num_groups), state.weights)
         return jacobian.scale(weights), Go4alignState(
             weights, log_shares, state.unusable + ~positive

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._branch import where_needed
-from mtl_optax._numerics import divide, wide
+from mtl_optax._numerics import bounded, divide, wide
 from mtl_optax._options import check_count, check_key, check_num_tasks, per_task
 from mtl_optax.balancers._base import summed
 from mtl_optax.links import link
@@ -74,7 +74,7 @@ def scale_by_ntk(num_tasks: int) -> optax.GradientTransformationExtraArgs:
             usable = jnp.isfinite(traces)
             total = jnp.sum(jnp.where(usable & jacobian.present, traces, 0))
             weights = jnp.where(usable, divide(total, traces, 1), state.weights)
-            return jnp.minimum(weights, jnp.finfo(jnp.float32).max).astype(jnp.float32)
+            return bounded(weights, jnp.float32)
 
         def of_the_losses():
             norms = jacobian.norms()

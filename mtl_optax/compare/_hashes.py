@@ -148,9 +148,7 @@ class _Walk:
         elif isinstance(value, type):
             yield from _of_class(value)
         elif _is_own(type(value)):
-            slots = [n for cls in type(value).__mro__ for n in getattr(cls, "__slots__", ())]
-            held = {name: getattr(value, name, None) for name in slots if name != "__dict__"}
-            yield from (type(value), getattr(value, "__dict__", None), held)
+            yield from (type(value), object.__getstate__(value))  # its dict and slots
         else:
             yield _name(value)
 

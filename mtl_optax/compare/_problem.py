@@ -181,11 +181,10 @@ def check_optimizer(optimizer: Any) -> None:
     """Refuses what is no function of a rate and a number of steps, as `optax.adam` itself."""
     fits = callable(optimizer)
     if fits:
-        parameters = list(inspect.signature(optimizer).parameters.values())
-        both = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        several = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-        # A default of the second one, as that of b1, says that it means something else.
-        fits = several or (len(both) > 1 and both[1].default is inspect.Parameter.empty)
+        parameters = inspect.signature(optimizer).parameters.values()
+        # A second one with a default, as that of b1, means something else.
+        asked = [p for p in parameters if p.default is p.empty and p.kind != p.KEYWORD_ONLY]
+        fits = len(asked) > 1 or any(p.kind == p.VAR_POSITIONAL for p in asked)
     if not fits:
         raise ValueError(
             f"optimizer={_shortened(optimizer)}, expected a function of a learning rate and the "

@@ -109,7 +109,7 @@ def every(
             scales, weights = asked.weighing(result)
             norms = jnp.zeros_like(scales)
             if asked.is_measured:
-                norms = jnp.minimum(jnp.abs(scales) * asked.norms(), jnp.finfo(norms.dtype).max)
+                norms = bounded(jnp.abs(scales) * asked.norms())
             found = [
                 jnp.where(jacobian.present, new, old).astype(jacobian.dtype)
                 for new, old in zip((scales, weights, norms), held, strict=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax._branch import fallback
-from mtl_optax._numerics import divide, power_of_two, underflows, wide
+from mtl_optax._numerics import bounded, divide, power_of_two, underflows, wide
 from mtl_optax.jacobian import _opaque
 from mtl_optax.jacobian._given import GivenRows
 from mtl_optax.jacobian._layout import Layout
@@ -581,10 +581,9 @@ class Jacobian:
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
     """The product, the largest number where that of finite numbers is not: inf times 0 is NaN."""
-    largest = jnp.finfo(a.dtype).max
     product = a * b.astype(a.dtype)
     finite = jnp.isfinite(a) & jnp.isfinite(b)
-    return jnp.where(finite, jnp.clip(product, -largest, largest), product)
+    return jnp.where(finite, bounded(product), product)
 
 
 def _flatten(jacobian: Jacobian) -> tuple[tuple[Any, ...], Layout]:

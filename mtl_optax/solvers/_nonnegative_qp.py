@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import divide, dot, power_of_two
+from mtl_optax._numerics import bounded, divide, dot, power_of_two
 from mtl_optax.solvers import _base
 from mtl_optax.solvers._base import _PATIENCE, _REENTRY
 from mtl_optax.solvers._block_pivoting import MANY, solve_together
@@ -98,7 +98,7 @@ def _solve(Q, q, *, max_steps):
     q = q / s
     unit = power_of_two(jnp.max(jnp.where(curved, jnp.abs(q), 0)))
     x, residual, steps = _solve_scaled(C, q / unit, norm, max_steps)
-    x = jnp.minimum(x / s * unit * (q_unit / Q_unit), jnp.finfo(dtype).max)
+    x = bounded(x / s * unit * (q_unit / Q_unit))
     return _base.result(x, residual, steps)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import divide, dot, power_of_two
+from mtl_optax._numerics import bounded, divide, dot, power_of_two
 from mtl_optax.solvers import _base
 
 
@@ -128,4 +128,4 @@ def _solve(Q, scales, power, *, max_steps):
     # x = n^(-2 / (p + 1)) y for the norms with their common factors.
     log_factor = -2 / (p + 1) * (log_norms + middle + jnp.log(unit) / 2)
     x = jnp.where(present, jnp.exp(log_factor) * y, 0)
-    return _base.result(jnp.minimum(x, jnp.finfo(dtype).max), residual(y), steps)
+    return _base.result(bounded(x), residual(y), steps)
