@@ -137,16 +137,19 @@ def _maximise(objective, constraints, limits, present):
     even = jnp.where(present, 1 / num_present, 0)
     goal = even + _STRENGTH * in_plane(objective)
     multipliers = nonnegative_qp(products, dot(rows, goal) - limits).x
-    weights = goal + dot(multipliers, tangents)
-    # The goal is far away and leaves its rounding: off the plane, and in the constraints that are
-    # met with equality.
     eps = jnp.finfo(rows.dtype).eps
     ridge = jnp.asarray(4 * len(rows) * eps, rows.dtype)
-    for _ in range(_REFINEMENTS):
+
+    def refined(_, weights):
         weights = even + in_plane(weights)
         missing = limits - dot(rows, weights)
         step = solve_free(products, ridge, multipliers > 0, missing[:, None])[:, 0]
-        weights = weights + dot(jnp.where(jnp.isfinite(step), step, 0), tangents)
+        return weights + dot(jnp.where(jnp.isfinite(step), step, 0), tangents)
+
+    # The goal is far away and leaves its rounding: off the plane, and in the constraints that are
+    # met with equality. In a loop it is always the same; else XLA would compute the sum anew
+    # wherever it is used, and round it in other ways than what was refined.
+    weights = jax.lax.fori_loop(0, _REFINEMENTS, refined, goal + dot(multipliers, tangents))
     weights = jnp.where(weights > eps, weights, 0)
     weights = weights / jnp.sum(weights)
     return weights, jnp.min(dot(rows, weights) - limits)
