@@ -463,6 +463,25 @@ def test_masks_over_a_module_are_states_or_functions_of_its_state():
         assert jax.tree.leaves(jac.shared) == jax.tree.leaves(expected)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_masks_of_a_module_may_be_filters(split):
+    model = lora(nnx.Rngs(0))
+    at = {"gramian_at": nnx.PathContains("lora_b"), "shared": nnx.Not(nnx.PathContains("b"))}
+    if split:  # a State of parameters by the user's own hand
+        graphdef, params = nnx.split(model)
+        losses = lambda params: nnx.merge(graphdef, params)(X)  # noqa: E731
+        _, jac = mtl.value_and_jac(losses, wrt=nnx.LoRAParam, **at)(params)
+    else:
+        params = nnx.state(model, nnx.LoRAParam)
+        _, jac = mtl.value_and_jac(lambda model: model(X), wrt=nnx.LoRAParam, **at)(model)
+    rows = jac.rows()["features"]["layers"][0]
+    seen = np.asarray(rows["lora_b"][...]).reshape(2, -1)
+    np.testing.assert_allclose(jac.gramian(), seen @ seen.T, rtol=1e-5)
+    assert np.any(rows["lora_a"][...])
+    is_moved = [bool(np.any(leaf)) for leaf in jax.tree.leaves(jac.rows())]
+    assert sum(is_moved) == 2
+
+
 # Messages
 
 
@@ -491,7 +510,14 @@ FORGOTTEN = "further argument of the loss function"
         (lambda: mtl.value_and_jac(bilinear)(left=1.0, right=1.0), ValueError, ["0 positional"]),
         (lambda: frozen_by(nnx.Param), TypeError, ["wrt=Param", "no module", "mask"]),
         (lambda: frozen_by(nnx.PathContains("trunk")), TypeError, ["no module", "mask"]),
-        (lambda: frozen_by("trunk"), TypeError, ["wrt=trunk", "no module", "mask"]),
+        (lambda: frozen_by("trunk"), TypeError, ["wrt='trunk' holds no bool"]),
+        (
+            lambda: mtl.value_and_jac(task_losses, gramian_at=nnx.Param)(PARAMS, X),
+            TypeError,
+            ["gramian_at=Param", "no module"],
+        ),
+        (lambda: of_module(shared="features"), ValueError, ["shared='features' is not known"]),
+        (lambda: of_module(gramian_at="b"), TypeError, ["gramian_at='b' holds no bool"]),
         (lambda: frozen_by(False), ValueError, ["wrt= selects no parameter"]),
         (lambda: frozen_by({"trunk": True}), ValueError, ["wrt= does not fit", "heads"]),
         (lambda: with_leaf(jnp.arange(3)), TypeError, ["['new']", "int32", FORGOTTEN, "wrt=mask"]),

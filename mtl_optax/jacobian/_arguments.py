@@ -73,7 +73,7 @@ class Arguments:
         leaves = jax.tree.leaves(params)
         mask = (True,) * len(leaves)
         if num_chosen == 0 and wrt is not None:
-            mask = resolve_mask(_not_a_filter(wrt), params, "wrt")
+            mask = _resolved(wrt, params, "wrt")
         _check(params, mask)
         return cls(params, mask, call, lambda changes: nnx.update(modules, changes))
 
@@ -106,7 +106,7 @@ class Arguments:
 
     def resolve(self, mask: Mask, option: str) -> tuple[bool, ...]:
         """A mask over the parameters as one bool for each trained leaf."""
-        full = resolve_mask(mask, self.params, option)
+        full = _resolved(mask, self.params, option)
         return tuple(m for m, is_trained in zip(full, self.trained, strict=True) if is_trained)
 
 
@@ -143,19 +143,36 @@ def _variable_filter(wrt: Any) -> Callable[..., bool]:
         ) from error
 
 
-def _not_a_filter(wrt: Any) -> Any:
-    for leaf in jax.tree.leaves(wrt):
-        if isinstance(leaf, type | str) or type(leaf).__module__ == nnx.filterlib.__name__:
-            raise TypeError(
-                f"wrt={getattr(leaf, '__name__', leaf)} is a filter of the variables of an nnx "
-                "module, but the parameters hold no module: pass the module itself, or a mask "
-                "over the parameters"
-            )
-    return wrt
+def _is_filter(mask: Any) -> bool:
+    """Whether it can only be a filter of variables; a function is one of the parameters."""
+    return any(
+        isinstance(leaf, type) or type(leaf).__module__ == nnx.filterlib.__name__
+        for leaf in jax.tree.leaves(mask)
+    )
+
+
+def _resolved(mask: Any, params: Any, option: str) -> tuple[bool, ...]:
+    """A mask, or a filter of the variables of the modules among the parameters, as bools."""
+    if not _is_filter(mask):
+        return resolve_mask(mask, params, option)
+    trees, treedef = jax.tree.flatten(params, is_leaf=_is_state)
+    if not any(map(_is_state, trees)):
+        raise TypeError(
+            f"{option}={getattr(mask, '__name__', mask)} is a filter of the variables of an nnx "
+            "module, but the parameters hold no module: pass the module itself, or a mask over "
+            "the parameters"
+        )
+    is_wanted = nnx.filterlib.to_predicate(mask)
+    masks = [nnx.map_state(is_wanted, tree) if _is_state(tree) else False for tree in trees]
+    return resolve_mask(treedef.unflatten(masks), params, option)
 
 
 def _is_module(x: Any) -> bool:
     return isinstance(x, nnx.Pytree)  # modules, Rngs, metrics
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, nnx.State)
 
 
 def is_object(x: Any) -> bool:
