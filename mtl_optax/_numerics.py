@@ -56,6 +56,12 @@ def divide(a: ArrayLike, b: jax.Array, otherwise: ArrayLike = 0) -> jax.Array:
     return jnp.where(positive, a / jnp.where(positive, b, 1), otherwise)
 
 
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root, 0 of what is not positive and of derivative 0 there; NaN stays NaN."""
+    nothing = x <= 0
+    return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, x)))
+
+
 def bounded(x: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """What left the range of its dtype, or of another that it is cast to, at the end of it.
 

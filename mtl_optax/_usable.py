@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import bounded, divide, power_of_two
+from mtl_optax._numerics import bounded, divide, power_of_two, safe_sqrt
 
 # An optimizer such as Adam squares the gradient, and an infinite average is infinite for good.
 _LARGEST_GRADIENT = 1e18
@@ -76,5 +76,5 @@ def unit_vector(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A vector as its direction and its length, at any scale; 0 has the direction 0."""
     divisor = power_of_two(jnp.max(jnp.abs(x)))
     near_one = x / divisor
-    length = jnp.sqrt(jnp.sum(near_one**2))
+    length = safe_sqrt(jnp.sum(near_one**2))
     return divide(near_one, length, near_one), length * divisor

@@ -308,6 +308,22 @@ def test_imtl_g_projects_equally_on_every_row():
     np.testing.assert_allclose(np.sum(state.weights), 1, rtol=1e-5)
 
 
+def test_imtl_g_has_a_derivative_where_rows_are_orthogonal():
+    def in_closed_form(matrix):  # of two tasks, eq. 5
+        first, second = matrix
+        apart = first / np.linalg.norm(first) - second / np.linalg.norm(second)
+        share = first @ apart / ((first - second) @ apart)
+        return (1 - share) * first + share * second
+
+    matrix, along = np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[0.3, -0.2, 0.1], [0.5, 0.4, 1]])
+    tx = imtl_g(2)
+    update = lambda m: tx.update(m, tx.init(None), losses=jnp.ones(2))[0]  # noqa: E731
+    _, slope = jax.jvp(update, (jnp.float32(matrix),), (jnp.float32(along),))
+    h = 1e-6
+    change = in_closed_form(matrix + h * along) - in_closed_form(matrix - h * along)
+    np.testing.assert_allclose(slope, change / (2 * h), rtol=1e-5, atol=1e-6)
+
+
 def test_preferences_scale_the_rows_shares():
     matrix = np.array([[1, 0.5, 0], [-0.5, 1, 0], [0, 0, 2]], np.float32)  # orthogonal
     preference = np.array([0.2, 0.3, 0.5], np.float32)

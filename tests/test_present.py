@@ -71,6 +71,31 @@ def test_a_task_that_is_always_absent_is_as_if_it_were_not_there(name):
                 assert np.max(np.abs(got - want)) <= 2e-6 * np.max(np.abs(want)) + 1e-30
 
 
+@functools.lru_cache(maxsize=2)
+def compiled_slope(name, num_tasks):
+    """The derivative of the first update along a direction of rows and losses."""
+    run, _ = compiled_run(name, num_tasks)
+
+    def slope(rows, losses, present, kpis):
+        update = lambda *given: run(*given, present, kpis)[0][0]  # noqa: E731
+        return jax.jvp(update, (rows, losses), (jnp.cos(rows), jnp.sin(losses)))[1]
+
+    return jax.jit(slope)
+
+
+@pytest.mark.parametrize("name", a_fifth(NAMES, 3))
+def test_a_derivative_of_an_update_knows_nothing_of_an_absent_task(name):
+    others, absent = [0, 2], 1
+    present = np.broadcast_to(np.arange(3) != absent, (STEPS, 3))
+    expected = compiled_slope(name, 2)(
+        ROWS[:, others], LOSSES[:, others], np.ones((STEPS, 2), bool), KPIS[others]
+    )
+    for garbage in [(0.0, 0.0), (np.nan, np.nan)]:
+        rows, losses = with_garbage(ROWS, LOSSES, present, *garbage)
+        slope = compiled_slope(name, 3)(rows, losses, present, KPIS)
+        np.testing.assert_allclose(slope, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", a_fifth(NAMES, 1))
 def test_what_a_state_holds_of_an_absent_task_stays_and_of_nobody_all(name):
     run, start = compiled_run(name, 3)

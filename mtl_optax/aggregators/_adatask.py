@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, safe_sqrt
 from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.jacobian._rows import finite_rows, per_row
 from mtl_optax.links import link, task_zeros
@@ -95,7 +95,7 @@ def adatask(
             known = per_row(good, g)
             momentum = jnp.where(known, b1 * m + (1 - b1) * g, m).astype(m.dtype)
             second = jnp.where(known, b2 * v + (1 - b2) * square, v).astype(v.dtype)
-            steps.append(divide(debiased(momentum, b1), jnp.sqrt(debiased(second, b2)) + eps))
+            steps.append(divide(debiased(momentum, b1), safe_sqrt(debiased(second, b2)) + eps))
             new.append((momentum, second))
         momenta, seconds = zip(*new, strict=True)
         like = jax.tree.structure(state.momenta).unflatten

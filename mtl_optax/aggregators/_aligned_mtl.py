@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import dot, safe_sqrt
 from mtl_optax._options import check_choice, check_preference
 from mtl_optax._typing import TaskOption
 from mtl_optax.aggregators._base import relative_norms, row_factors, shares, solved_aggregator
@@ -86,7 +86,7 @@ def aligned_mtl(
         vectors = vectors[order]
         # J = A Wᵀ with orthonormal W: the singular values of A, not the roots of the eigenvalues of
         # A Aᵀ, lest the spread of the norms be squared.
-        root = relative[:, None] * vectors * jnp.sqrt(jnp.where(kept, values, 0))[None, :]
+        root = relative[:, None] * vectors * safe_sqrt(jnp.where(kept, values, 0))[None, :]
         left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(root), root, 0))
         rank = jnp.sum(kept)
         kept = (jnp.arange(num_tasks) < rank) & (singular > 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import bounded, divide, dot
+from mtl_optax._numerics import bounded, divide, dot, safe_sqrt
 from mtl_optax._options import check_choice, check_num_tasks, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
@@ -149,7 +149,7 @@ def row_factors(jacobian: Jacobian, cosines: jax.Array) -> SymmetricFactors:
     if products is None:
         return factors(cosines)
     inner, rotation = jnp.linalg.eigh(jnp.where(jnp.isfinite(products), products, 0))
-    small = root[:, None] * rotation * jnp.sqrt(jnp.maximum(inner, 0))[None, :]
+    small = root[:, None] * rotation * safe_sqrt(inner)[None, :]
     left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(small), small, 0))
     # Two tasks that are one differ by the rounding of their entries, which is no direction.
     kept = singular > _ROUNDING * values.size * eps * singular[0]
@@ -162,9 +162,13 @@ def pseudo_solve(cosines: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Arr
     Returns:
       The solution, and its `(K,)` uncertainty from the rounding of C.
     """
-    values, vectors, kept = factors(cosines)
+    # The derivative is that of the last line: of equal eigenvalues, vectors have none.
+    values, vectors, kept = jax.lax.stop_gradient(factors(cosines))
     inverse = divide(1, jnp.where(kept, values, 0))
     components = dot(rhs, vectors)
     eps = jnp.finfo(values.dtype).eps
     noise = eps * rhs.size * jnp.linalg.norm(rhs) * dot(jnp.abs(vectors), inverse)
-    return dot(vectors, inverse * components), noise
+    solution = dot(vectors, inverse * components)
+    # What is left is solved for once more: the rounding of C stays, that of its vectors goes.
+    left = dot(rhs - dot(cosines, solution), vectors)
+    return solution + dot(vectors, inverse * left), noise

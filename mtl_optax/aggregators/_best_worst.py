@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_optax._numerics import divide, dot
+from mtl_optax._numerics import divide, dot, safe_sqrt
 from mtl_optax.aggregators._base import relative_norms
 from mtl_optax.solvers import SolverResult
 
@@ -33,7 +33,7 @@ def mean_of_rows(cosines: jax.Array, norms: jax.Array, present: jax.Array) -> Me
     slopes = dot(cosines, weights)
     square = dot(weights, slopes)
     stationary = square <= 4 * norms.size * jnp.finfo(norms.dtype).eps * jnp.sum(weights) ** 2
-    length = jnp.where(stationary, 1, jnp.sqrt(jnp.maximum(square, 0)))
+    length = jnp.where(stationary, 1, safe_sqrt(square))
     return Mean(relative, share, length, slopes / length, stationary)
 
 
@@ -106,7 +106,7 @@ def best_worst(
         seen = square > 4 * ridge * dot(weights, weights)
         eta = jnp.sqrt(jnp.maximum(dot(ratios, weights), 1))
         attainable = seen & jnp.all((mean.relative > 0) | ~present)
-        return Ascent(weights, jnp.sqrt(jnp.maximum(square, 0)), jnp.where(attainable, 1 / eta, 0))
+        return Ascent(weights, safe_sqrt(square), jnp.where(attainable, 1 / eta, 0))
 
     # With a lift of 0, d is the mean, and gains this.
     at_mean = jnp.min(jnp.where(ratios > 0, divide(mean.slopes, ratios), 1))
@@ -124,7 +124,7 @@ def best_worst(
         lift = solution.x
         square = jnp.maximum(dot(lift, dot(moves, lift)), 0)
         noise = 4 * eps * (square + jnp.sum(lift) ** 2)
-        distance = jnp.sqrt(square)
+        distance = safe_sqrt(square)
         rounding = divide(noise, jnp.sqrt(jnp.maximum(square, noise)))
         gain = dot(ratios, lift)  # distance times its derivative in the bound
         excess = distance - radius

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._lookahead import jacobian_of
-from mtl_optax._numerics import EXACT, divide, dot
+from mtl_optax._numerics import EXACT, divide, dot, safe_sqrt
 from mtl_optax._options import COUNT, check_count, check_num_tasks, check_option
 from mtl_optax._usable import softmax_over, step_each
 from mtl_optax.aggregators._simplex_steps import shared_out
@@ -202,5 +202,5 @@ def _unit_rows(rows: list[jax.Array], present: jax.Array) -> tuple[list[jax.Arra
     usable = present & (top > 0) & jnp.isfinite(top)
     rows = [over(row, top) for row in rows]
     squares = [sum_over_shards(jnp.sum(row**2, axis=tuple(range(1, row.ndim)))) for row in rows]
-    norms = jnp.sqrt(sum(squares))
+    norms = safe_sqrt(sum(squares))
     return [over(row, norms) for row in rows], usable

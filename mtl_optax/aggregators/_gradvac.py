@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import bounded, divide, dot
+from mtl_optax._numerics import bounded, divide, dot, safe_sqrt
 from mtl_optax._options import UP_TO_ONE, check_key, check_num_tasks, check_option
 from mtl_optax.aggregators._base import random_orders
 from mtl_optax.links import keep_finite, link
@@ -106,7 +106,7 @@ def _vaccinate(cosines, targets, orders):
             coefficients, seen = carry
             other = order[position]
             products = dot(cosines, coefficients)
-            length = jnp.sqrt(jnp.maximum(dot(coefficients, products), 0))
+            length = safe_sqrt(dot(coefficients, products))
             regular = (length > 0) & (other != task) & (cosines[other, other] > 0)
             cosine = jnp.clip(divide(products[other], length), -1, 1)
             aim = target[other]

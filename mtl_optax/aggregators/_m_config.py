@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, safe_sqrt
 from mtl_optax._options import BELOW_ONE, check_num_tasks, check_option
 from mtl_optax.aggregators._conflict_free import conflict_free
 from mtl_optax.jacobian._rows import all_finite, per_row
@@ -161,7 +161,7 @@ def _pseudo_moment(num_tasks, b1, b2, eps):
             # A square may overflow: a step of it would be divided by nothing.
             good = jnp.isfinite(second)
             momentum, second = jnp.where(good, momentum, m), jnp.where(good, second, v)
-            root = jnp.sqrt(second / (1 - b2**count))
+            root = safe_sqrt(second / (1 - b2**count))
             step = jnp.where(good, divide(d, root + eps, d), 0).astype(d.dtype)
             new.append((step, momentum.astype(m.dtype), second.astype(v.dtype)))
         steps, momenta, seconds = zip(*new, strict=True)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import dot
+from mtl_optax._numerics import dot, safe_sqrt
 from mtl_optax._options import check_option
 from mtl_optax.aggregators._base import Heads, Solved, solved_aggregator
 from mtl_optax.solvers._power_equilibrium import power_equilibrium
@@ -72,7 +72,7 @@ def nash_mtl(
             return weights, solution.converged
         coefficients = scales * weights
         square = dot(coefficients, dot(products, coefficients))
-        norm = jnp.sqrt(jnp.maximum(square, 0))
+        norm = safe_sqrt(square)
         return Solved(weights, solution.converged, max_norm / jnp.maximum(norm, max_norm))
 
     return solved_aggregator(num_tasks, solve, heads=heads)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import bounded, divide, dot
+from mtl_optax._numerics import bounded, divide, dot, safe_sqrt
 from mtl_optax._options import (
     BELOW_ONE,
     UP_TO_ONE,
@@ -101,7 +101,7 @@ def pcd(
         unit = jnp.where(largest > 0, largest, 1)
         new, old = (norms / unit) ** 2, (state.mean_norms / unit) ** 2
         average, old, mass = running_mean(new, old, state.masses, decay, jacobian.present)
-        length, mean = divide(norms, unit * jnp.sqrt(average), norms), unit * jnp.sqrt(old)
+        length, mean = divide(norms, unit * safe_sqrt(average), norms), unit * safe_sqrt(old)
 
         others = jnp.arange(num_tasks) != first
         share = per_task("tau", tau, jacobian, 0.02) * length

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide, power_of_two
+from mtl_optax._numerics import divide, power_of_two, safe_sqrt
 from mtl_optax._options import check_choice, check_num_tasks, task_position
 from mtl_optax.balancers._base import summed
 from mtl_optax.jacobian import Jacobian
@@ -127,7 +127,7 @@ def _sizes(jacobian: Jacobian, statistic: str) -> tuple[jax.Array, jax.Array]:
     middle = mean(lambda row: row)
     rows = [row - per_row(middle, row) for row in rows]
     variance = mean(lambda row: row**2) * (size / max(size - 1, 1))
-    spread = unit * jnp.sqrt(variance)
+    spread = unit * safe_sqrt(variance)
     if statistic == "kurtosis":
         # 1 / kurtosis = variance² / mean of the fourth powers.
         spread = spread * divide(variance**2, mean(lambda row: row**4))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import bounded, divide, power_of_two, wide
+from mtl_optax._numerics import bounded, divide, power_of_two, safe_sqrt, wide
 from mtl_optax._options import check_choice
 from mtl_optax.aggregators._sum import mean_of
 from mtl_optax.conditioning._base import run
@@ -115,4 +115,4 @@ def _norm(tree: Any, shared: list[bool]) -> tuple[jax.Array, jax.Array]:
     tops = [max_over_shards(jnp.max(jnp.abs(leaf), initial=0)) for leaf in leaves]
     unit = power_of_two(jnp.max(jnp.stack(tops)))
     squares = [sum_over_shards(jnp.sum((leaf / unit) ** 2)) for leaf in leaves]
-    return jnp.sqrt(sum(squares)), unit
+    return safe_sqrt(sum(squares)), unit

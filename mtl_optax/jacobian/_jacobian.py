@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_optax._branch import fallback
-from mtl_optax._numerics import bounded, divide, power_of_two, underflows, wide
+from mtl_optax._numerics import bounded, divide, power_of_two, safe_sqrt, underflows, wide
 from mtl_optax.jacobian import _opaque
 from mtl_optax.jacobian._given import GivenRows
 from mtl_optax.jacobian._layout import Layout
@@ -231,7 +231,7 @@ class Jacobian:
           included; `(K,)` norms. Safe at any scale, and of the precision of `scaled_gramian`.
         """
         products, scales = self.scaled_gramian()
-        lengths = jnp.sqrt(jnp.diagonal(products))
+        lengths = safe_sqrt(jnp.diagonal(products))
         divisor = jnp.where(lengths > 0, lengths, 1)
         return products / (divisor[:, None] * divisor[None, :]), _times(scales, lengths)
 
@@ -274,7 +274,7 @@ class Jacobian:
         if not jac._way.holds_rows(jac._layout):
             return None
         measured = jac._measured()
-        lengths = jnp.sqrt(jnp.diagonal(measured.products))
+        lengths = safe_sqrt(jnp.diagonal(measured.products))
         scales = divide(1, lengths, 0)
         if jac._scales is not None:
             scales = scales * jnp.sign(jac._scales.astype(scales.dtype))

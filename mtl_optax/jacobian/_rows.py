@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mtl_optax._branch import fallback
 from mtl_optax._compat import explicit_mesh, varying_axes
-from mtl_optax._numerics import EXACT, dot, is_fewer, power_of_two, wide
+from mtl_optax._numerics import EXACT, dot, is_fewer, power_of_two, safe_sqrt, wide
 
 # Columns that a CPU multiplies at a time.
 _BLOCK = 8192
@@ -83,7 +83,7 @@ def row_norms(rows: jax.Array) -> jax.Array:
     """The norms of the rows of one leaf, `(K,)`, at any scale of theirs."""
     (unit,), scales = _unit_rows([rows], wide(rows.dtype))
     squares = jnp.sum(unit**2, axis=tuple(range(1, rows.ndim)))
-    return scales * jnp.sqrt(sum_over_shards(squares))
+    return scales * safe_sqrt(sum_over_shards(squares))
 
 
 def keep_rows(rows: jax.Array, tasks: jax.Array) -> jax.Array:
@@ -184,7 +184,7 @@ def scaled_products(
     in_range = (squares > size * float(limits.tiny) / float(limits.eps)) & (squares <= limits.max)
 
     def as_they_are():
-        scales = power_of_two(jnp.sqrt(squares))
+        scales = power_of_two(safe_sqrt(squares))
         return products / scales[:, None] / scales[None, :], scales, scales
 
     return fallback(~jnp.all(in_range), in_units, as_they_are)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import bounded, divide, dot, power_of_two
+from mtl_optax._numerics import bounded, divide, dot, power_of_two, safe_sqrt
 from mtl_optax.solvers import _base
 from mtl_optax.solvers._base import _PATIENCE, _REENTRY
 from mtl_optax.solvers._block_pivoting import MANY, solve_together
@@ -88,10 +88,10 @@ def _solve(Q, q, *, max_steps):
     q_unit = power_of_two(jnp.max(jnp.abs(q)))
     Q, q = Q / Q_unit, q / q_unit
     curved = jnp.diagonal(Q) > 0
-    s = power_of_two(jnp.sqrt(jnp.where(curved, jnp.diagonal(Q), 0)))
+    s = power_of_two(safe_sqrt(jnp.where(curved, jnp.diagonal(Q), 0)))
     # From here on variables are s x.
     C = Q / s[:, None] / s[None, :]
-    norm = jnp.sqrt(jnp.where(curved, jnp.diagonal(C), 0))
+    norm = safe_sqrt(jnp.where(curved, jnp.diagonal(C), 0))
     # Larger entries are no positive semi-definite matrix's, and might overflow.
     bound = norm[:, None] * norm[None, :]
     C = jnp.clip((C + C.T) / 2, -bound, bound)

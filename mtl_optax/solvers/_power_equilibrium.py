@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import bounded, divide, dot, power_of_two
+from mtl_optax._numerics import bounded, divide, dot, power_of_two, safe_sqrt
 from mtl_optax.solvers import _base
 
 
@@ -80,7 +80,7 @@ def _solve(Q, scales, power, *, max_steps):
     eps = jnp.finfo(dtype).eps
 
     unit = power_of_two(jnp.max(jnp.abs(Q)))
-    lengths = jnp.sqrt(jnp.maximum(jnp.diagonal(Q) / unit, 0))
+    lengths = safe_sqrt(jnp.diagonal(Q) / unit)
     present = (lengths != 0) & (scales != 0)  # NaN stays, and the residual says so
     divisor = jnp.where(present, lengths, 1)
     C = Q / unit / divisor[:, None] / divisor[None, :]
