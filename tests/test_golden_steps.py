@@ -166,6 +166,21 @@ def test_gradcraft_follows_its_algorithm(options):
     assert states.fallbacks[-1] == 0
 
 
+def test_gradcraft_lifts_a_row_by_its_conflicts_alone():
+    """The conflicts of each row span all of space, so that nothing is left of it.
+
+    Those of the third one nearly lie in a plane; small eigenvalues mix easily with zeros.
+    """
+    matrix = np.array([
+        [-0.5804136, 0.80132073, 0.9642616], [-0.07994204, 1.9049201, -3.4472344],
+        [-0.28132141, -0.50222725, -0.9863313], [-0.5636243, 0.3146948, 0.9727958],
+        [0.7490641, -0.76693285, -0.14562976], [0.29117486, 1.4134427, -0.595317],
+    ], np.float32)  # fmt: skip
+    tx = mtl.gradcraft(6)
+    update, _ = tx.update(matrix, tx.init(None), losses=np.ones(6, np.float32))
+    np.testing.assert_allclose(update, 0, atol=0.05)
+
+
 # AdaTask.
 
 

@@ -157,11 +157,13 @@ def row_factors(jacobian: Jacobian, cosines: jax.Array) -> SymmetricFactors:
 
 
 def pseudo_solve(cosines: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """C⁺b, by the eigendecomposition.
+    """C⁺b, by the eigendecomposition; b is 0 where a row and its cosines are.
 
     Returns:
       The solution, and its `(K,)` uncertainty from the rounding of C.
     """
+    # A row of 0 is one of its own, or it would mix with what has small eigenvalues.
+    cosines = cosines + jnp.diag(jnp.diagonal(cosines) == 0)
     # The derivative is that of the last line: of equal eigenvalues, vectors have none.
     values, vectors, kept = jax.lax.stop_gradient(factors(cosines))
     inverse = divide(1, jnp.where(kept, values, 0))
