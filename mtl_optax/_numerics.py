@@ -56,9 +56,9 @@ def divide(a: ArrayLike, b: jax.Array, otherwise: ArrayLike = 0) -> jax.Array:
     return jnp.where(positive, a / jnp.where(positive, b, 1), otherwise)
 
 
-def safe_sqrt(x: jax.Array) -> jax.Array:
+def safe_sqrt(x: ArrayLike) -> jax.Array:
     """The square root, 0 of what is not positive and of derivative 0 there; NaN stays NaN."""
-    nothing = x <= 0
+    nothing = jnp.asarray(x) <= 0
     return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, x)))
 
 

@@ -114,9 +114,12 @@ def mean_rank(
             f"metrics have shape {metrics.shape}, expected (M, ..., K): put the methods on the "
             "first axis"
         )
-    scores = jnp.nan_to_num(_signs(higher_is_better, metrics) * metrics, nan=-jnp.inf)
+    scores = _signs(higher_is_better, metrics) * metrics
     mine, theirs = scores[:, None], scores[None]
-    ahead = jnp.sum(theirs > mine, axis=1) + 0.5 * (jnp.sum(theirs == mine, axis=1) - 1)
+    missing, also = jnp.isnan(mine), jnp.isnan(theirs)
+    better = (theirs > mine) | (missing & ~also)
+    alike = (theirs == mine) | (missing & also)
+    ahead = jnp.sum(better, axis=1) + 0.5 * (jnp.sum(alike, axis=1) - 1)
     return 1.0 + jnp.mean(ahead, axis=-1)
 
 

@@ -22,6 +22,7 @@ NAMES = [
 ]
 # fmt: on
 OF_MODULES = {
+    "compare": "Comparison Diagnosis Draw Problem adam diagnose labelled run",
     "losses": "PointWeights accuracy brdr causal_weights rba regression_focal_loss self_adaptive "
     "share_within softmax_focal_loss task_priority",
     "fronts": "hypervolume_gradient interpolate moo_svgd ordering_penalty simplex_grid "
@@ -46,6 +47,12 @@ def test_a_module_shows_its_public_names_and_no_others(name):
     shown = [n for n in dir(getattr(mtl, name)) if not n.startswith("_")]
     assert sorted(shown) == sorted(OF_MODULES[name].split())
     assert sorted(getattr(mtl, name).__all__) == sorted(shown)
+
+
+def test_the_page_of_what_is_stable_names_the_modules():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "stability.md").read_text("utf-8")
+    named = page.partition("what `dir` of its modules ")[2].partition(" lists")[0]
+    assert named == ", ".join(f"`{name}`" for name in sorted(OF_MODULES))
 
 
 @pytest.mark.parametrize("name", FACTORIES)

@@ -1,12 +1,16 @@
 """`mtl.compare`: a comparison end to end at a tiny size, and each of its promises alone."""
 
+import collections
 import dataclasses
+import fractions
 import functools
+import hashlib
 import html
 import importlib
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -423,6 +427,37 @@ def test_facts_of_a_metric_in_python_are_what_its_code_reaches(monkeypatch):
     assert hashes.of_function(one) == found[10]  # which does not name it
 
 
+def other_helper(value):
+    return value + 1
+
+
+class Cached:
+    score = functools.cached_property(lambda self: 1.0)
+
+
+class CachedOther:
+    score = functools.cached_property(lambda self: 2.0)
+
+
+def test_facts_are_found_in_what_the_standard_library_holds():
+    pairs = [
+        (range(3), range(4)),
+        (slice(3), slice(4)),
+        (fractions.Fraction(1, 3), fractions.Fraction(2, 3)),
+        (re.compile("a"), re.compile("b")),
+        ({helper}, {other_helper}),
+        (collections.deque([helper]), collections.deque([other_helper])),
+        (types.SimpleNamespace(f=helper), types.SimpleNamespace(f=other_helper)),
+        (np.vectorize(helper), np.vectorize(other_helper)),
+        (vars(Cached)["score"], vars(CachedOther)["score"]),
+    ]
+    for one, other in pairs:
+        assert hashes.of_values([one]) == hashes.of_values([one]) != hashes.of_values([other])
+    itself = set()
+    itself.add(lambda: itself)
+    assert hashes.of_values([itself])
+
+
 def test_facts_are_the_same_in_every_process():
     program = (
         "import jax, jax.numpy as jnp, numpy as np\n"
@@ -496,6 +531,25 @@ def test_batches_have_the_shape_of_the_first_of_all_seeds():
     with pytest.raises(ValueError, match=r"train\(1\) yields .* \[\(5,\)\] or \[\(6,\)\], but none "
                        r"of \[\(4,\)\], those of the first batch"):  # fmt: skip
         sources.source_of(sized(lambda seed: [5, 6, 5] if seed == 1 else [4]), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (np.zeros(4, int), r"train\(0\) yields a batch of the types \['int32'\], expected"),
+        (
+            {"x": np.zeros(4)},
+            r"of the structure \({'x': \*}\), expected \(\*\), of the first batch",
+        ),
+        (np.array(["a"] * 4), r"a batch of train\(0\) has array.* expected arrays of numbers"),
+    ],
+)
+def test_batches_are_of_the_kind_of_the_first(other, message):
+    problem = dataclasses.replace(PROBLEM, train=lambda seed: [np.zeros(4), other])
+    with pytest.raises(ValueError, match=message):
+        next(sources.source_of(problem, SETTINGS).items())
+    as_wide = dataclasses.replace(PROBLEM, train=lambda seed: [np.zeros(4, "f4"), np.zeros(4)])
+    assert next(sources.source_of(as_wide, SETTINGS).items()).dtype == np.float32
 
 
 def test_present_is_like_the_losses_or_in_their_order(setup):
@@ -706,6 +760,32 @@ def test_a_divergence_is_said_with_who_finished(results):
     assert summary.diverged(results) == {}
 
 
+def test_a_model_of_one_task_that_diverged_is_named(results):
+    single = results["single_task"][B]
+    test = [list(row) for row in single["test"][B]]
+    test[1] = [None] * len(test[1])
+    lost = {**single, "test": {**single["test"], B: test}}
+    without = {**results, "single_task": {**results["single_task"], B: lost}}
+    said = f"Models of one task alone ended with no number: {B} (seed 1). There is no Δm"
+    assert any(note.startswith(said) for note in summary.notes(without))
+    assert "nan" not in summary.text(without, 200)
+    assert not any("one task alone ended" in note for note in summary.notes(results))
+
+
+def test_it_is_said_where_all_metrics_are_near_zero(results):
+    def said(value):
+        def near(run):
+            near_it = lambda x: np.full(np.shape(x), value).tolist()  # noqa: E731
+            return {**run, "validation": {m: near_it(v) for m, v in run["validation"].items()}}
+
+        singles = {m: near(run) for m, run in results["single_task"].items()}
+        notes = summary.notes({**results, "single_task": singles})
+        return any(note.startswith("The baseline's metrics are all near zero") for note in notes)
+
+    assert said(0.05)
+    assert not said(0.5)
+
+
 def test_what_is_finite_is_chosen_before_what_is_not():
     low = -np.inf
     assert selection._best_config(np.array([[low, 1.0, 5.0], [low, 1.0, low]])) == 1
@@ -740,10 +820,10 @@ def test_results_are_valid_json(results, tmp_path, monkeypatch):
 
 
 def test_what_makes_no_sense_is_left_out_by_name(results):
-    assert selection._near_zero(np.array([0.05, 0.05, 0.051]), True)  # R² of .05
-    assert selection._near_zero(np.array([0.9, -0.5, 0.4]), True)
-    assert not selection._near_zero(np.array([0.5, 0.52, 0.49]), True)
-    assert not selection._near_zero(np.array([0.01, 0.0101, 0.0099]), False)  # an error
+    assert selection.is_near_zero(np.array([0.05, 0.05, 0.051]), True)  # R² of .05
+    assert selection.is_near_zero(np.array([0.9, -0.5, 0.4]), True)
+    assert not selection.is_near_zero(np.array([0.5, 0.52, 0.49]), True)
+    assert not selection.is_near_zero(np.array([0.01, 0.0101, 0.0099]), False)  # an error
     without = {**results, "left_out": [A]}
     assert any(f"Δm leaves out {A}" in note for note in summary.notes(without))
     row = {row.name: row for row in summary.rows(without)}[STRATEGY]
@@ -844,6 +924,18 @@ def test_kills_leave_whole_files(tmp_path):
         assert found is None or found["a"].shape == (200_000,)
 
 
+def test_a_whole_file_of_something_else_is_made_again(tmp_path):
+    for content in (b"", b"no arrays", pickle.dumps(1)):
+        digest = hashlib.sha256(content).hexdigest().encode()
+        (tmp_path / "x.run").write_bytes(digest + b"\n" + content)
+        assert store.load(tmp_path / "x.run", 1, pytest.fail) is None
+    np.savez(tmp_path / "other", a=np.ones(3))
+    content = (tmp_path / "other.npz").read_bytes()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    (tmp_path / "x.run").write_bytes(digest + b"\n" + content)
+    assert store.load(tmp_path / "x.run", 1, pytest.fail) is None
+
+
 def test_two_processes_do_not_share_a_folder(tmp_path):
     def enter():
         with store.locked(tmp_path):
@@ -910,6 +1002,7 @@ def test_every_job_has_a_file_of_its_own():
         lambda r: r.pop("settings"),
         lambda r: r.update(format=1),
         lambda r: r["problem"].pop("metrics"),
+        lambda r: r.pop("window_steps"),
         lambda r: r["strategies"]["sum"].update(flops_ratio="<script>"),
         lambda r: r["strategies"]["sum"]["test"].update({A: "<script>"}),
         lambda r: r["settings"].update(steps="<script>"),
@@ -936,6 +1029,7 @@ def test_a_foreign_results_file_is_named_and_draws_nothing(change, results, tmp_
         ("math:pi", "math:pi is a float, expected a mtl.compare.Problem"),
         ("math:nothing", "math:nothing is not there"),
         ("no_such_module:x", "no_such_module"),
+        ("..x:problem", r"'\.\.x:problem' is no place of a problem"),
     ],
 )
 def test_what_is_no_problem_is_named(target, message):
@@ -999,6 +1093,8 @@ def test_results_that_are_not_there_are_no_interruption(tmp_path):
         ({"seeds": 0}, "seeds is 0"),
         ({"learning_rates": ()}, "learning_rates is empty"),
         ({"learning_rates": (0.1, -1.0)}, "expected positive numbers"),
+        ({"learning_rates": (1e-60,)}, "in the range of float32"),
+        ({"learning_rates": (1e60,)}, "in the range of float32"),
         ({"learning_rates": "0.1"}, "learning_rates has '0.1' in it, expected numbers"),
         ({"steps": 12.0}, r"steps is 12\.0, expected a whole number"),
         ({"seeds": True}, "seeds is True, expected a whole number"),
@@ -1049,6 +1145,30 @@ def test_bad_problems_say_what_to_change():
         with pytest.raises(ValueError, match=message):
             setups.Setup(dataclasses.replace(PROBLEM, **changes), SETTINGS)
 
+    refused("init=3, expected a function", init=3)
+    refused("metrics=None, expected a function", metrics=None)
+    refused("present='always', expected a function", present="always")
+    refused("options=None, expected a dict", options=None)
+    refused("jac=None, expected a dict", jac=None)
+    refused("mgda has no option 'num_tasks'", options={"mgda": {"num_tasks": 3}})
+    refused("pcgrad has no option 'key'; there are: none", options={"pcgrad": {"key": 3}})
+    named = lambda key: {**init(key), "name": "mine"}  # noqa: E731
+    refused(r"init makes for seed 0 has 'mine' at \['name'\], expected arrays", init=named)
+    by_seed = lambda key: {**init(key), "w": jnp.ones(jax.random.key_data(key)[1] + 1)}  # noqa: E731
+    refused(r"init for seed 1 makes parameters with float32\[2\] at \['w'\]", init=by_seed)
+    with_state = {
+        "stateful": True, "init": lambda key: (init(key), {"n": jnp.int32(0)}),
+        "metrics": lambda params, state, split: scores(params, split),
+    }  # fmt: skip
+    refused(
+        r"loss_fn returns a state with float32\[\] at \['n'\], expected int32\[\]",
+        loss_fn=lambda params, state, batch: (losses(params, batch), {"n": state["n"] + 0.5}),
+        **with_state,
+    )
+    refused(
+        "stateful is True, but loss_fn returns a dict",
+        loss_fn=lambda params, state, batch: losses(params, batch), **with_state,
+    )  # fmt: skip
     refused(r"first axes of \[3, 4\]", train={"x": np.zeros((3, 1)), "y": np.zeros(4)})
     refused("metrics returns an empty dict", metrics=lambda params, split: {})
     refused(
@@ -1073,6 +1193,10 @@ def test_bad_problems_say_what_to_change():
         "there is state beside them", stateful=True, init=lambda key: (init(key), jnp.zeros(2)),
         jac={"in_axes": (None, 0)},
     )  # fmt: skip
+    with pytest.raises(ValueError, match="batch=3, expected a function"):
+        Draw(3)
+    with pytest.raises(ValueError, match="out is empty, expected a folder"):
+        mtl.compare.run(PROBLEM, [], out="")
     with pytest.raises(ValueError, match="no setting is called 'step'"):
         front.settings_of(PROBLEM, 3, step=4)
     with pytest.raises(ValueError, match="no strategy is called 'dwe'; near it: dwa"):

@@ -66,6 +66,7 @@ def test_delta_m_says_what_does_not_fit(metrics, baseline, higher_is_better, mes
         ([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]], (True, False), [1, 2, 3]),
         ([[0.5], [0.5], [0.4], [0.5]], True, [2, 2, 4, 2]),  # three share 1, 2 and 3
         ([[0.5], [np.nan], [0.4]], False, [2, 3, 1]),
+        ([[-np.inf], [np.nan], [0.4], [np.nan]], True, [2, 3.5, 1, 3.5]),
         ([[[1.0], [5.0]], [[2.0], [4.0]]], True, [[2, 1], [1, 2]]),  # two seeds
         ([[0.3, 0.4]], True, [1]),
     ],

@@ -153,6 +153,9 @@ def test_causal_weights_wait_for_what_comes_before():
 def test_mistakes_say_what_is_wrong():
     with pytest.raises(TypeError, match="residuals have dtype int32, expected floating"):
         losses.rba().update(jnp.ones(2, int), losses.rba().init(jnp.ones(2)))
+    for make in (losses.rba, losses.brdr, losses.self_adaptive):
+        with pytest.raises(TypeError, match="residuals have dtype int32, expected floating"):
+            make().init({"pde": jnp.ones(2, int)})
     with pytest.raises(ValueError, match=r"decay=1\.5, expected in \[0, 1\]"):
         losses.rba(decay=1.5)
     with pytest.raises(ValueError, match="residual_decay=1, expected in \\[0, 1\\)"):

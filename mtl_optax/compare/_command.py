@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 from mtl_optax.compare import _plots as plots
-from mtl_optax.compare._comparison import SHORTLIST, Comparison, settings_of
+from mtl_optax.compare._comparison import SEEDS, SHORTLIST, Comparison, settings_of
 from mtl_optax.compare._diagnosis import Diagnosis
 from mtl_optax.compare._live import shown
 from mtl_optax.compare._problem import Problem
@@ -55,8 +55,9 @@ class Options:
     of all."""
     strategies: tuple[str, ...] = SHORTLIST
     """Strategies of the catalog, or all of them; by default a shortlist of every kind."""
-    seeds: int = 5
-    """Seeds, trained side by side; each sets the initial parameters and the order of the data."""
+    seeds: int | None = None
+    """Seeds, trained side by side; each sets the initial parameters and the order of the data. 5,
+    or 2 for --diagnose."""
     steps: int | None = None
     """Training steps; by default the problem's, as for the following two."""
     batch_size: int | None = None
@@ -127,7 +128,7 @@ def _run(options: Options, argv: list[str], console: Console) -> None:
             results = compared(
                 problem,
                 options.strategies,
-                settings_of(problem, options.seeds, **given),
+                settings_of(problem, SEEDS if options.seeds is None else options.seeds, **given),
                 out,
                 on_progress=on_progress,
                 on_finished=on_finished,
@@ -155,8 +156,9 @@ def _show_together(found: dict[str, Comparison], out: Path, console: Console) ->
 def _diagnosed(problem: Problem, options: Options) -> Diagnosis:
     from mtl_optax.compare import diagnose
 
-    given = {name: getattr(options, name) for name in ("steps", "batch_size", "learning_rates")}
-    return diagnose(problem, **{name: value for name, value in given.items() if value})
+    names = ("seeds", "steps", "batch_size", "learning_rates")
+    given = {name: getattr(options, name) for name in names}
+    return diagnose(problem, **{name: value for name, value in given.items() if value is not None})
 
 
 def _show(comparison: Comparison, out: Path, console: Console) -> None:
@@ -176,7 +178,8 @@ def load(target: str) -> Problem:
       ValueError: if there is none, with what to write instead.
     """
     where, colon, name = target.rpartition(":")
-    if not colon or not where or not name.isidentifier():
+    relative = where.startswith(".") and not where.endswith(".py")
+    if not colon or not where or relative or not name.isidentifier():
         raise ValueError(f"{target!r} is no place of a problem: expected my_module:problem")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as for python -m

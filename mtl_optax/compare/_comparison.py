@@ -35,6 +35,7 @@ SHORTLIST = (
     "pcgrad",
     "upgrad",
 )
+SEEDS = 5
 SHORT = 500  # steps of a diagnosis
 RESULTS, REPORT = "results.json", "report.html"
 
@@ -108,6 +109,7 @@ class Comparison:
             from mtl_optax.compare import _report as report
 
             report.page(results, {})  # whole, with numbers where numbers should be
+            len(results["window_steps"]), len(results["checkpoint_steps"])  # of the pictures
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(wrong) from error
         return cls(results)
@@ -125,7 +127,7 @@ def run(
     problem: Problem,
     strategies: str | Sequence[str] = SHORTLIST,
     *,
-    seeds: int = 5,
+    seeds: int = SEEDS,
     out: str | Path | None = None,
     live: bool | None = None,
     **settings: Any,
@@ -155,6 +157,8 @@ def run(
       ModuleNotFoundError: if something of the extra "compare" is needed and missing.
       OSError: if `out` is in use or can't be written to.
     """
+    if out == "":
+        raise ValueError("out is empty, expected a folder, or None to keep nothing")
     if out is not None:
         need("matplotlib")  # not only after all training
     if live or (live is None and find_spec("rich")):

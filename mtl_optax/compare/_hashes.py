@@ -3,6 +3,8 @@
 They are the same in every process: nothing of an address or of the order of a set is in them.
 """
 
+import collections
+import contextlib
 import functools
 import hashlib
 import re
@@ -129,12 +131,18 @@ class _Walk:
         """What a value consists of; a name stands for what is not looked into."""
         if isinstance(value, Mapping):
             yield from (part for item in value.items() for part in item)
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, tuple | list | collections.deque):
             yield from value
         elif isinstance(value, set | frozenset):
-            yield from sorted(_name(part) for part in value)
+            yield from sorted(map(self._alone, value))
         elif isinstance(value, functools.partial):
             yield from (value.func, value.args, value.keywords)
+        elif isinstance(value, functools.cached_property | functools.partialmethod):
+            yield value.func
+        elif isinstance(value, np.vectorize):
+            yield value.pyfunc
+        elif isinstance(value, types.SimpleNamespace):
+            yield vars(value)
         elif isinstance(value, types.MethodType):
             yield from (value.__func__, value.__self__)
         elif isinstance(value, types.FunctionType):
@@ -143,6 +151,8 @@ class _Walk:
             yield from _of_code(value)
         elif isinstance(value, property | staticmethod | classmethod):
             yield from (getattr(value, name, None) for name in ("fget", "__func__"))
+        elif isinstance(value, types.ModuleType):
+            yield _name(value)
         elif hasattr(value, "__wrapped__"):  # jax.jit, functools.cache
             yield value.__wrapped__
         elif isinstance(value, type):
@@ -151,6 +161,17 @@ class _Walk:
             yield from (type(value), object.__getstate__(value))  # its dict and slots
         else:
             yield _name(value)
+            with contextlib.suppress(Exception):  # whatever a library's class says to it
+                yield _lasting(repr(value))  # ranges, fractions, dates, patterns, models' options
+
+    def _alone(self, value: Any) -> str:
+        """A hash of one of several that have no order."""
+        if isinstance(value, PLAIN):
+            return repr(value)
+        walk = _Walk()
+        walk._seen = {**self._seen}
+        walk.value(value)
+        return walk.digest()
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +35,9 @@ class Draw:
     """
 
     batch: Callable[[jax.Array], Any]
+
+    def __post_init__(self):
+        _check(self, "batch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +103,17 @@ class Problem:
     title: str = "a problem"
     source: str = ""
 
+    def __post_init__(self):
+        _check(self, "init", "loss_fn", "metrics")
+        _check(self, *(name for name in ("present", "kpis") if getattr(self, name) is not None))
+        _check(self, "options", "jac", kind=Mapping, expected="a dict")
+
+
+def _check(of: Any, *names: str, kind: Any = Callable, expected: str = "a function") -> None:
+    for name in names:
+        if not isinstance(getattr(of, name), kind):
+            raise ValueError(f"{name}={_shortened(getattr(of, name))}, expected {expected}")
+
 
 def labelled(labels: Mapping[str, Any]) -> dict[str, jax.Array]:
     """Which tasks have a label in a batch, where a missing one is NaN: what `present` returns.
@@ -139,8 +152,12 @@ class Settings:
             raise ValueError(f"tune is {self.tune!r}, expected True or False")
         if not self.learning_rates:
             raise ValueError("learning_rates is empty, expected at least one learning rate")
-        if not all(0 < rate < math.inf for rate in self.learning_rates):
-            raise ValueError(f"learning_rates are {self.learning_rates}, expected positive numbers")
+        least, most = float(np.finfo("f4").tiny), float(np.finfo("f4").max)
+        if not all(least <= rate <= most for rate in self.learning_rates):
+            raise ValueError(
+                f"learning_rates are {self.learning_rates}, expected positive numbers in the range "
+                "of float32"
+            )
         if self.steps % self.checkpoints:
             raise ValueError(
                 f"steps is {self.steps}, expected a multiple of checkpoints ({self.checkpoints}): "
@@ -177,6 +194,22 @@ def check_numbers(metrics: Mapping[str, Any]) -> None:
             raise ValueError(f"metric {name!r} is {_described(value)}, expected one real number")
 
 
+def check_arrays(what: str, tree: Any) -> None:
+    """Refuses leaves that JAX has no arrays for."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        try:
+            jnp.result_type(leaf)
+            fits = not isinstance(leaf, str)  # which may be the name of a type
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            where = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{what} has {_shortened(leaf)}{' at ' * bool(where)}{where}, expected arrays of "
+                "numbers alone"
+            )
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Refuses what is no function of a rate and a number of steps, as `optax.adam` itself."""
     fits = callable(optimizer)
@@ -204,10 +237,12 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
         if any(takes[option].kind is inspect.Parameter.VAR_KEYWORD for option in takes):
             continue
         for option in told:
-            if option not in takes:
-                known = ", ".join(mtl.STRATEGIES[name].options) or "none"
+            # The tasks and the key are what a comparison gives.
+            known = [given for given in [*takes][1:] if given != "key"]
+            if option not in known:
                 raise ValueError(
-                    f"Problem.options: {name} has no option {option!r}; there are: {known}"
+                    f"Problem.options: {name} has no option {option!r}; there are: "
+                    f"{', '.join(known) or 'none'}"
                 )
 
 

@@ -147,14 +147,15 @@ def _reference(samples: np.ndarray) -> float:
 def _left_out(setup: Setup, samples: dict[str, np.ndarray], everything: list[int]) -> list[str]:
     """The metrics that count in no mean: near zero, unless all of them are."""
     metrics = setup.metric_names
-    near = [name for name in metrics if _near_zero(samples[name], setup.higher[name])]
+    near = [name for name in metrics if is_near_zero(samples[name], setup.higher[name])]
     if len(near) < len(metrics):
         return near
     known = [i for i, name in enumerate(metrics) if np.isfinite(samples[name]).any()]
     return [name for i, name in enumerate(metrics) if i not in (known or everything)]
 
 
-def _near_zero(samples: np.ndarray, higher_is_better: bool) -> bool:
+def is_near_zero(samples: np.ndarray, higher_is_better: bool) -> bool:
+    """Whether a metric of a baseline is so near to 0 that a relative change of it says nothing."""
     known = samples[np.isfinite(samples)]
     if not known.size:
         return True

@@ -17,6 +17,7 @@ from mtl_optax.compare._problem import (
     Problem,
     Settings,
     by_name,
+    check_arrays,
     check_names,
     check_numbers,
     check_optimizer,
@@ -69,8 +70,9 @@ class Setup:
                 "in_axes of Problem.jac maps a loss function of parameters alone, but there is "
                 "state beside them: leave out what updates it, such as batch statistics"
             )
-        self.params, self.rest = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+        self.params, self.rest = _of_seeds(models)
         one = self.one_seed(0)
+        self._check_rest(*one)
         shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
         self._jacobian, self.names = shapes, shapes.names
         self.pairs = list(itertools.combinations(range(len(self.names)), 2))
@@ -125,6 +127,11 @@ class Setup:
             loss_fn = jax.vmap(loss_fn, in_axes=in_axes)
         losses = loss_fn(*given, batch)
         if self.problem.stateful:
+            if not (isinstance(losses, tuple) and len(losses) == 2):
+                raise ValueError(
+                    f"stateful is True, but loss_fn returns a {type(losses).__name__}, expected "
+                    "the pair (losses, state)"
+                )
             losses, rest = losses
         elif self._graphdef is not None:
             rest = nnx.state(given[0], nnx.Not(nnx.Param))
@@ -209,6 +216,11 @@ class Setup:
             "code": code_hash(),
         }
 
+    def _check_rest(self, params: Any, rest: Any) -> None:
+        """Refuses a loss function that returns another state than it was given."""
+        _, new = jax.eval_shape(self.losses, params, rest, self.source.probe)
+        _check_alike("loss_fn returns a state", new, rest, "as it was given")
+
     def _can_be_traced(self, params: Any, rest: Any) -> bool:
         try:
             jax.eval_shape(self._metrics, params, rest, self._validation)
@@ -233,6 +245,34 @@ class Setup:
         losses, _ = self.losses(params, rest, batch)
         vector = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(losses)])
         return jnp.where(self.present(batch), vector, jnp.nan)
+
+
+def _of_seeds(models: list[Any]) -> Any:
+    """The parameters of all seeds as one tree."""
+    for seed, model in enumerate(models):
+        for part, first in zip(model, models[0], strict=True):
+            check_arrays(f"what init makes for seed {seed}", part)
+            _check_alike(f"init for seed {seed} makes parameters", part, first, "as for seed 0")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
+
+
+def _check_alike(what: str, tree: Any, expected: Any, why: str) -> None:
+    """Refuses a tree with other leaves."""
+
+    def kinds(tree: Any) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+            for path, leaf in leaves
+        }
+
+    found, known = kinds(tree), kinds(expected)
+    for path in [*known, *found]:
+        if found.get(path) != known.get(path):
+            raise ValueError(
+                f"{what} with {found.get(path, 'nothing')} at {path or 'its root'}, expected "
+                f"{known.get(path, 'nothing')}, {why}"
+            )
 
 
 def _side_by_side(models: int, fitting: int) -> int:

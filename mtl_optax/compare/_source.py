@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.compare._problem import Draw, Problem, Settings, batch_order
+from mtl_optax.compare._problem import Draw, Problem, Settings, batch_order, check_arrays
 
 NUM_PROBED = 256  # training examples on which gradients are looked at
 MAX_SHAPES = 3  # in a message
@@ -42,6 +42,7 @@ def source_of(problem: Problem, settings: Settings) -> Source:
         return _drawn(train, settings)
     if callable(train):
         return _iterated(train, settings)
+    check_arrays("train", train)
     sizes = {len(leaf) if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(train)}
     if len(sizes) != 1 or 0 in sizes:
         raise ValueError(
@@ -83,32 +84,36 @@ def _drawn(draw: Draw, settings: Settings) -> Source:
 
 
 def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
-    def forever(seed: int, shapes: list[tuple[int, ...]] | None = None) -> Iterator[Any]:
+    def forever(seed: int, expected: _Kind | None = None) -> Iterator[Any]:
         epoch = 0
         while True:
             some, others = False, []
             # Numbers that no other seed and epoch shares, as long as there are under a million.
             number = seed + 1_000_003 * epoch
             for batch in factory(number):
-                shapes = shapes or _shapes(batch)
-                if _shapes(batch) == shapes:
+                check_arrays(f"a batch of train({number})", batch)
+                kind = _Kind.of(batch)
+                expected = expected or kind
+                if kind == expected:
                     some = True
                     yield batch
-                elif _shapes(batch) not in others:
-                    others.append(_shapes(batch))
+                elif kind.rest != expected.rest:
+                    raise ValueError(_other_kind(number, expected, kind))
+                elif kind.shapes not in others:
+                    others.append(kind.shapes)
             if not some:
-                raise ValueError(_no_batch(number, shapes, others))
+                raise ValueError(_no_batch(number, expected and expected.shapes, others))
             epoch += 1
 
     first = next(forever(0))
-    shapes = _shapes(first)  # of all seeds
+    kind = _Kind.of(first)  # of all seeds
     size = settings.seeds * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
     between = settings.steps_per_checkpoint
     at_once = max(1, min(between, MAX_BYTES // max(size, 1)))
     steps = max(n for n in range(1, at_once + 1) if between % n == 0)
 
     def items() -> Iterator[Any]:
-        streams = [forever(seed, shapes) for seed in range(settings.seeds)]
+        streams = [forever(seed, kind) for seed in range(settings.seeds)]
         for _ in range(settings.steps // steps):
             rows = [_stacked([next(stream) for _ in range(steps)]) for stream in streams]
             yield jax.device_put(_stacked(rows))
@@ -137,8 +142,28 @@ def _no_batch(number: int, expected: Any, others: list[Any]) -> str:
     )
 
 
-def _shapes(batch: Any) -> list[tuple[int, ...]]:
-    return [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+class _Kind(NamedTuple):
+    """What batches that are stacked have in common."""
+
+    shapes: list[tuple[int, ...]]
+    rest: tuple[Any, list[str]]  # the structure and the types
+
+    @classmethod
+    def of(cls, batch: Any) -> "_Kind":
+        leaves, treedef = jax.tree.flatten(batch)
+        types = [str(jnp.result_type(leaf)) for leaf in leaves]
+        return cls([np.shape(leaf) for leaf in leaves], (treedef, types))
+
+
+def _other_kind(number: int, expected: _Kind, kind: _Kind) -> str:
+    (tree, types), (other_tree, other_types) = expected.rest, kind.rest
+    what = "structure" if tree != other_tree else "types"
+    said = (tree, other_tree) if tree != other_tree else (types, other_types)
+    old, new = (str(part).replace("PyTreeDef", "") for part in said)
+    return (
+        f"train({number}) yields a batch of the {what} {new}, expected {old}, of the first batch "
+        "of train(0): yield batches of one kind"
+    )
 
 
 def _stacked(trees: list[Any]) -> Any:

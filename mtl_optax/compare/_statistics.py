@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LEVEL = 0.05
+NO_NUMBER = "–"
 
 
 class Estimate(NamedTuple):
@@ -25,6 +26,8 @@ class Estimate(NamedTuple):
 
     def text(self, decimals: int = 2, *, signed: bool = False, scale: float = 1.0) -> str:
         """``mean ± half``, or the mean alone where there is no interval."""
+        if not np.isfinite(self.mean):
+            return NO_NUMBER
         large = max(abs(scale * self.mean), abs(np.nan_to_num(scale * self.half))) >= 1e4
         style = ".1e" if large else f".{decimals}f"
         mean = f"{scale * self.mean:{'+' if signed else ''}{style}}"

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,16 @@ def load(path: Path, facts: Any, warn: Callable[[str], None]) -> Arrays | None:
         aside = set_aside(path)
         warn(f"{path} is not a whole file of this tool: set aside as {aside.name}, made again")
         return None
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        arrays = dict(file)
-    return arrays if arrays.pop("facts").item() == json.dumps(facts) else None
+    arrays = _arrays(content)
+    return arrays if arrays.pop("facts", np.array("")).item() == json.dumps(facts) else None
+
+
+def _arrays(content: bytes) -> Arrays:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile):
+        return {}  # whole, but no arrays: of something else
 
 
 def set_aside(path: Path) -> Path:

@@ -6,7 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from mtl_optax.compare._selection import EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED, at_best
+from mtl_optax.compare._selection import (
+    EQUAL_WEIGHTS,
+    INVERSE_LOSSES,
+    TUNED,
+    at_best,
+    is_near_zero,
+)
 from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value
 from mtl_optax.metrics import mean_rank
 
@@ -180,6 +186,27 @@ def diverged(results: dict[str, Any]) -> dict[str, list[int]]:
     return found
 
 
+def _diverged_alone(results: dict[str, Any]) -> dict[str, list[int]]:
+    """The seeds in which the model of one task has no metric, where other models have one."""
+    numbers = _numbers(results)
+    measured = {name: at_best(run, "test", name) for name, run in results["single_task"].items()}
+    lost = {name: np.flatnonzero(~np.isfinite(v)).tolist() for name, v in measured.items()}
+    return {name: seeds for name, seeds in lost.items() if seeds and name in numbers}
+
+
+def _baseline(results: dict[str, Any]) -> list[tuple[np.ndarray, bool]]:
+    """The validation metrics that Δm is relative to, each with whether higher is better."""
+    problem = results["problem"]
+    equal = results["strategies"][EQUAL_WEIGHTS]
+    return [
+        (
+            at_best(results["single_task"].get(name, equal), "validation", name),
+            problem["higher_is_better"][name],
+        )
+        for name in problem["metrics"]
+    ]
+
+
 def _numbers(results: dict[str, Any]) -> list[str]:
     """The metrics that are a finite number anywhere."""
     strategies = results["strategies"].values()
@@ -261,6 +288,19 @@ def notes(results: dict[str, Any]) -> list[str]:
         said.append(
             f"Δm leaves out {', '.join(results['left_out'])}: the baseline's metric is not clearly "
             "above zero, or no number, so that a relative change of it says nothing."
+        )
+    elif all(is_near_zero(*of) for of in _baseline(results)):
+        said.append(
+            "The baseline's metrics are all near zero, so that a relative change of them, and Δm, "
+            "says little: look at the metrics themselves."
+        )
+    alone = _diverged_alone(results)
+    if alone:
+        seeds = results["settings"]["seeds"]
+        each = [f"{name} ({_seeds(which, seeds)})" for name, which in alone.items()]
+        said.append(
+            f"Models of one task alone ended with no number: {', '.join(each)}. There is no Δm in "
+            "these seeds: try smaller learning rates."
         )
     ended = diverged(results)
     if ended:

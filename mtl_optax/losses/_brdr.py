@@ -38,7 +38,7 @@ def brdr(*, decay: ArrayLike = 0.999, residual_decay: ArrayLike = 0.999) -> Poin
       Two functions, `init` and `update`.
 
     Raises:
-      TypeError: by `update`, if the residuals are not floating.
+      TypeError: by `init` and `update`, if the residuals are not floating.
       ValueError: if a decay is not in [0, 1); by `update`, if the residuals have other shapes than
         `init` saw.
 

@@ -45,16 +45,22 @@ def sizes(residuals: Any, like: Any) -> Any:
 
     def size(r):
         r = jnp.asarray(r)
-        if not jnp.issubdtype(r.dtype, jnp.floating):
-            raise TypeError(f"residuals have dtype {r.dtype}, expected floating")
+        _check_floating(r)
         r = jnp.abs(jax.lax.stop_gradient(r)).astype(wide(r.dtype))
         return jnp.where(jnp.isfinite(r), r, 0)
 
     return jax.tree.map(size, residuals)
 
 
+def _check_floating(residual: Any) -> None:
+    dtype = jnp.result_type(residual)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"residuals have dtype {dtype}, expected floating")
+
+
 def start(residuals: Any, value: Any) -> Any:
     """A state shaped as the residuals: one value for all points, or a tree of them."""
+    jax.tree.map(_check_floating, residuals)
     structure = jax.tree.structure(residuals)
     if jax.tree_util.treedef_is_leaf(jax.tree.structure(value)):
         value = jax.tree.map(lambda _: value, residuals)

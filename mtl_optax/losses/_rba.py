@@ -38,7 +38,7 @@ def rba(
       Two functions, `init` and `update`.
 
     Raises:
-      TypeError: by `update`, if the residuals are not floating.
+      TypeError: by `init` and `update`, if the residuals are not floating.
       ValueError: if `decay` or `learning_rate` is out of range; by `init`, if `initial` does not
         fit the residuals; by `update`, if they have other shapes than `init` saw.
 

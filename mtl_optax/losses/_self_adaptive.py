@@ -46,7 +46,7 @@ def self_adaptive(
       Two functions, `init` and `update`.
 
     Raises:
-      TypeError: by `update`, if the residuals are not floating.
+      TypeError: by `init` and `update`, if the residuals are not floating.
       ValueError: by `init`, if `initial` does not fit the residuals; by `update`, if they have
         other shapes than `init` saw.
 
