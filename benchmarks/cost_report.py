@@ -104,7 +104,9 @@ def draw_aggregate_time(results: dict[str, Any]) -> Figure:
             ms = 1e3 * np.array([rows[k]["seconds"][i] for k in timed])
             places = heights[timed] + 0.4 * i - 0.2
             axis.barh(places, ms, 0.38, label=framework, log=True, **bar)
-    names = [f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,}" for row in rows]
+    names = [
+        f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,} {row['kind']}" for row in rows
+    ]
     axis.set_yticks(heights, names)
     axis.invert_yaxis()
     axis.set_xlabel("ms a call; of a Jacobian with 2 K columns, TorchJD is given the Gramian")

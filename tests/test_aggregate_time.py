@@ -25,8 +25,14 @@ def test_our_gaps_are_small_and_those_of_wrong_weights_are_not():
 
 
 def test_calls_in_which_torchjd_took_no_turn_fill_the_table_and_the_picture():
-    both = {"strategy": "mgda", "num_tasks": 4, "columns": 8, "gaps": [1e-7, 1e-6]}
-    alone = {"strategy": "mgda", "num_tasks": 64, "columns": 128, "gaps": [1e-7]}
+    both = {"strategy": "mgda", "num_tasks": 4, "columns": 8, "kind": "mixed", "gaps": [1e-7, 1e-6]}
+    alone = {
+        "strategy": "mgda",
+        "num_tasks": 64,
+        "columns": 128,
+        "kind": "gaussian",
+        "gaps": [1e-7],
+    }
     rows = [{**both, "seconds": [0.1, 0.2], "ratio": 0.5}]
     rows += [{**alone, "seconds": [0.1], "ratio": None}]
     results = {"settings": {"columns": 1000}, "rows": rows}
