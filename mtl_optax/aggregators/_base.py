@@ -99,6 +99,13 @@ def random_orders(key: jax.Array, present: jax.Array) -> jax.Array:
     return dealt(present_first[orders], present)
 
 
+def finite_correlation(jacobian: Jacobian) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cosines, norms and which rows are finite: one that is not conflicts with nothing."""
+    cosines, norms = jacobian.correlation()
+    good = jnp.isfinite(norms)
+    return jnp.where(good[:, None] & good[None, :], cosines, 0), jnp.where(good, norms, 0), good
+
+
 def relative_norms(norms: jax.Array) -> jax.Array:
     """The norms over their largest, at most 1."""
     return divide(norms, jnp.max(norms), norms)

@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import bounded, divide, dot, safe_sqrt
 from mtl_optax._options import UP_TO_ONE, check_key, check_num_tasks, check_option
-from mtl_optax.aggregators._base import random_orders
+from mtl_optax.aggregators._base import finite_correlation, random_orders
 from mtl_optax.links import keep_finite, link
 from mtl_optax.states import PerPair, PerTask
 
@@ -79,11 +79,11 @@ def gradvac(
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         next_key, order_key = jax.random.split(state.key)
-        cosines, norms = jacobian.correlation()
+        cosines, norms, good = finite_correlation(jacobian)
         targets = state.targets.astype(norms.dtype)
         orders = random_orders(order_key, jacobian.present)
         coefficients, seen = _vaccinate(cosines, targets, orders)
-        weights = bounded(divide(dot(norms, coefficients), norms))
+        weights = jnp.where(good, bounded(divide(dot(norms, coefficients), norms)), 1)
         update = jacobian.combine(weights)
         mixed = targets + jnp.asarray(1 - decay, norms.dtype) * (seen - targets)
         targets = keep_finite(mixed, targets).astype(jnp.float32)

@@ -8,7 +8,7 @@ import optax
 
 from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import check_key, check_num_tasks
-from mtl_optax.aggregators._base import random_orders
+from mtl_optax.aggregators._base import finite_correlation, random_orders
 from mtl_optax.links import link
 from mtl_optax.states import PerTask
 
@@ -66,8 +66,9 @@ def pcgrad(num_tasks: int, *, key: jax.Array) -> optax.GradientTransformationExt
     def update_fn(jacobian, state, **extra_args):
         del extra_args
         next_key, order_key = jax.random.split(state.key)
-        cosines, norms = jacobian.correlation()
-        weights = _projected_weights(cosines, norms, random_orders(order_key, jacobian.present))
+        cosines, norms, good = finite_correlation(jacobian)
+        orders = random_orders(order_key, jacobian.present)
+        weights = jnp.where(good, _projected_weights(cosines, norms, orders), 1)
         update = jacobian.combine(weights)
         return update, PcgradState(bounded(weights, jnp.float32), next_key)
 
