@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 
-def observe_losses(opt_state: Any, losses_after: Any) -> Any:
+def observe_losses(opt_state: Any, losses_after: Any, *, present: Any = None) -> Any:
     """Hands the losses after an update to the strategies that learn from them.
 
     `famo` compares the losses before and after its update. By default it takes those of the next
@@ -19,13 +19,15 @@ def observe_losses(opt_state: Any, losses_after: Any) -> Any:
     Args:
       opt_state: the state of any `optax.chain` with such a strategy in it, however deep.
       losses_after: the K losses, a tree like those of the update.
+      present: which tasks the batch has labels of, bools in a tree like the losses, as for
+        `update`; None if all. Of the others nothing is learned.
 
     Returns:
       The new `opt_state`.
 
     Raises:
       TypeError: if no link of the chain learns from losses after its update.
-      ValueError: if the losses are not K.
+      ValueError: if the losses are not K, or `present` not as many bools.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -48,7 +50,7 @@ def observe_losses(opt_state: Any, losses_after: Any) -> Any:
             "its init and update return; other strategies need no observe_losses"
         )
     return jax.tree.map(
-        lambda node: node.observe(losses_after) if _observes(node) else node,
+        lambda node: node.observe(losses_after, present) if _observes(node) else node,
         opt_state,
         is_leaf=_observes,
     )

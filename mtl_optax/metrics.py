@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mtl_optax._numerics import power_of_two, safe_sqrt
 from mtl_optax.jacobian import flatten_losses, value_and_jac
 
 if TYPE_CHECKING:
@@ -224,7 +225,8 @@ def affinity(
         stepped = jax.tree.map(
             lambda p, g, is_shared: p - (learning_rate * g).astype(p.dtype) if is_shared else p,
             params,
-            jacobian.pullback(weights),
+            # A task of NaN is no part of another's step.
+            jacobian.keep(weights > 0).pullback(weights),
             jacobian.shared,
         )
         return flatten_losses(loss_fn(stepped, *args))
@@ -310,7 +312,9 @@ def igd(
         raise ValueError("the front has no points, expected at least 1 to be near to")
     lacking = _signs(higher_is_better, points)[None] * (front[:, None] - points[None])
     lacking = jnp.maximum(lacking, 0) if plus else lacking
-    distances = jnp.sqrt(jnp.sum(jnp.where(jnp.isnan(lacking), jnp.inf, lacking) ** 2, axis=2))
+    lacking = jnp.abs(jnp.where(jnp.isnan(lacking), jnp.inf, lacking))
+    unit = power_of_two(jnp.max(jnp.where(jnp.isfinite(lacking), lacking, 0), initial=0))
+    distances = unit * safe_sqrt(jnp.sum((lacking / unit) ** 2, axis=2))
     return jnp.mean(jnp.min(distances, axis=1, initial=jnp.inf))
 
 
@@ -347,7 +351,7 @@ def spacing(points: Shaped[ArrayLike, "N K"]) -> Float[Array, ""]:
     apart = jnp.sum(jnp.abs(points[:, None] - points[None]), axis=2)
     others = known[None, :] & ~jnp.eye(len(points), dtype=bool)
     nearest = jnp.min(jnp.where(others, apart, jnp.inf), axis=1)
-    return jnp.std(nearest, ddof=1, where=known)
+    return safe_sqrt(jnp.var(nearest, ddof=1, where=known))
 
 
 def _solutions(points: ArrayLike) -> jax.Array:

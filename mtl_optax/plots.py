@@ -136,7 +136,7 @@ def affinity(matrix: ArrayLike, tasks: Sequence[str], *, ax: "Axes | None" = Non
             f"each of the tasks {tuple(tasks)}"
         )
     ax = _axes(ax)
-    largest = np.max(np.abs(matrix), initial=1e-12)
+    largest = np.nanmax(np.abs(matrix), initial=1e-12)
     image = ax.imshow(matrix, cmap="cividis", vmin=-largest, vmax=largest)
     for (i, j), value in np.ndenumerate(matrix):
         colour = "black" if value > 0 else "white"
@@ -154,7 +154,7 @@ def pareto_plane(
     runs: Mapping[str, History],
     tasks: tuple[str, str],
     *,
-    higher_is_better: bool = False,
+    higher_is_better: bool | Sequence[bool] = False,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """Draws where each run ends in the plane of two tasks, and the path that led there.
@@ -165,7 +165,8 @@ def pareto_plane(
     Args:
       runs: the label of a run to its losses or metrics, each a `(T,)` array or a number.
       tasks: the tasks on the two axes, by their names in every run.
-      higher_is_better: whether both are metrics, of which more is better; losses by default.
+      higher_is_better: whether these are metrics, of which more is better: one bool, or one for
+        each axis; losses by default.
       ax: as in `weights`.
 
     Returns:
@@ -183,8 +184,15 @@ def pareto_plane(
       >>> [text.get_text() for text in ax.get_legend().get_texts()]
       ['sum', 'mgda']
     """
-    if not runs:
-        raise ValueError("got no runs, expected at least one: {label: {task: losses}}")
+    if not (isinstance(runs, Mapping) and runs):
+        raise ValueError(
+            f"the runs are {runs!r}, expected one or more, {{label: {{task: losses}}}}"
+        )
+    if len(tasks) != 2:
+        raise ValueError(f"got the tasks {tuple(tasks)}, expected the two of the axes")
+    better = np.asarray(higher_is_better)
+    if better.dtype != bool or better.shape not in ((), (2,)):
+        raise ValueError(f"higher_is_better={higher_is_better!r}, expected a bool, or one a task")
     paths = {}
     for label, run in runs.items():
         missing = [task for task in tasks if task not in run]
@@ -198,7 +206,7 @@ def pareto_plane(
                 "both: record both at each step, and choose one seed"
             )
         paths[label] = np.stack(steps)
-    ends = np.stack([path[:, -1] for path in paths.values()]) * (-1 if higher_is_better else 1)
+    ends = np.stack([path[:, -1] for path in paths.values()]) * np.where(better, -1, 1)
     ax = _axes(ax)
     for i, (label, path) in enumerate(paths.items()):
         by = np.all(ends <= ends[i], axis=1) & np.any(ends < ends[i], axis=1)
@@ -259,6 +267,8 @@ def front(
       >>> ax.get_title(), ax.get_xlabel()
       ('3 of 3 on the front, hypervolume 1.52, spacing 0.058', 'buy')
     """
+    if not isinstance(solutions, Mapping):
+        raise ValueError(f"solutions is a {type(solutions).__name__}, expected {{task: losses}}")
     # JAX keeps the order of this one dict alone.
     tasks = list(solutions) if isinstance(solutions, OrderedDict) else sorted(solutions)
     if len(tasks) < 2:
@@ -329,6 +339,11 @@ def _lines(series: dict[str, np.ndarray], label: str, ax: "Axes | None") -> "Axe
 
 
 def _series(history: History, field: str) -> dict[str, np.ndarray]:
+    if not isinstance(history, Mapping):
+        raise ValueError(
+            f"the history is a {type(history).__name__}, expected one dict of arrays: stack what "
+            "was recorded at each step, as by jax.tree.map(lambda *x: jnp.stack(x), *steps)"
+        )
     prefix = f"{field}/"
     found = {
         name.removeprefix(prefix): np.asarray(values)

@@ -277,7 +277,10 @@ def test_what_is_done_is_found_again_and_what_is_broken_is_made_again(folder, re
         PROBLEM, [STRATEGY], SETTINGS, folder,
         on_progress=lambda what, *_: texts.append(what), warn=warnings.append,
     )  # fmt: skip
-    assert texts[:2] == ["found sum", f"found {train.STATIC}"]
+    assert texts[:5] == [
+        "checking sum", f"checking {train.STATIC}", "checking dwa", "found sum",
+        f"found {train.STATIC}",
+    ]  # fmt: skip
     assert "training dwa" in texts
     assert len(warnings) == 1
     assert "dwa.run is not a whole file" in warnings[0]
@@ -552,6 +555,34 @@ def test_batches_are_of_the_kind_of_the_first(other, message):
     assert next(sources.source_of(as_wide, SETTINGS).items()).dtype == np.float32
 
 
+def test_a_loader_may_fill_one_buffer_anew_and_must_heed_its_integer():
+    def filled(seed):
+        buffer = np.empty(4, np.float32)
+        for i in np.random.default_rng(seed).permutation(8):
+            buffer[:] = i
+            yield buffer
+
+    chunk = next(sources.source_of(dataclasses.replace(PROBLEM, train=filled), SETTINGS).items())
+    expected = [np.random.default_rng(seed).permutation(8)[:4] for seed in range(3)]
+    assert chunk[..., 0].tolist() == [order.tolist() for order in expected]
+    rng = np.random.default_rng(0)
+    unseeded = dataclasses.replace(PROBLEM, train=lambda seed: [rng.normal(size=4)])
+    with pytest.raises(
+        ValueError, match=r"train\(0\) yields another first batch when it is called"
+    ):
+        sources.source_of(unseeded, SETTINGS)
+    missing = dataclasses.replace(PROBLEM, train=lambda seed: [np.array([1.0, np.nan])])
+    assert next(sources.source_of(missing, SETTINGS).items()).shape == (3, 4, 2)
+
+
+def test_gradients_are_looked_at_whatever_the_order_of_the_examples():
+    train = {"x": np.arange(1000.0), "a": np.arange(1000) % 2}
+    probe = sources.source_of(dataclasses.replace(PROBLEM, train=train), SETTINGS).probe
+    assert len(probe["x"]) == 256
+    assert 300 < np.mean(probe["x"]) < 700
+    np.testing.assert_array_equal(probe["x"] % 2, probe["a"])
+
+
 def test_present_is_like_the_losses_or_in_their_order(setup):
     def seen(present):
         problem = dataclasses.replace(PROBLEM, present=lambda batch: present)
@@ -696,6 +727,15 @@ def test_one_strategy_under_many_names_is_hardly_ever_told_apart(decimals):
     assert summary.judged(clear)["a"] == {"gain": "↑", "over_tuned": "↑"}
 
 
+def test_equal_steps_of_few_examples_are_no_evidence():
+    rng, names = np.random.default_rng(0), ("sum", "1 / initial losses", "tuned weights")
+    names, claims = (*names, *map(str, range(20))), 0
+    for _ in range(100):
+        right = rng.binomial(100, 0.98, size=(len(names), 3)) / 100
+        claims += any(summary.judged(dict(zip(names, 100 * right, strict=True))).values())
+    assert claims <= 5
+
+
 def test_answer_says_who_to_prefer(results):
     rng = np.random.default_rng(0)
 
@@ -784,6 +824,20 @@ def test_it_is_said_where_all_metrics_are_near_zero(results):
 
     assert said(0.05)
     assert not said(0.5)
+
+
+def test_small_numbers_are_shown():
+    assert statistics.Estimate(3e-6, 1e-7).text(4, small=True) == "3.0e-06 ± 1.0e-07"
+    assert statistics.Estimate(3e-6, 1e-7).text(2, signed=True) == "+0.00 ± 0.00"
+    assert statistics.Estimate(0.0, 0.0).text(4, small=True) == "0.0000 ± 0.0000"
+    assert statistics.Estimate(np.nan, np.nan).text() == "–"
+
+
+def test_metrics_of_other_names_are_said_to_leave_out_a_baseline(results):
+    said = "Metrics have other names than the tasks"
+    assert not any(note.startswith(said) for note in summary.notes(results))
+    without = {**results, "single_task": {}}
+    assert any(note.startswith(said) for note in summary.notes(without))
 
 
 def test_what_is_finite_is_chosen_before_what_is_not():
@@ -1151,6 +1205,9 @@ def test_bad_problems_say_what_to_change():
     refused("options=None, expected a dict", options=None)
     refused("jac=None, expected a dict", jac=None)
     refused("mgda has no option 'num_tasks'", options={"mgda": {"num_tasks": 3}})
+    refused("mgda has 3, expected a dict of options", options={"mgda": 3})
+    refused("jac has 'has_aux' in it, which a comparison sets", jac={"has_aux": True})
+    refused("optimizer returns None, expected an Optax", optimizer=lambda rate, steps: None)
     refused("pcgrad has no option 'key'; there are: none", options={"pcgrad": {"key": 3}})
     named = lambda key: {**init(key), "name": "mine"}  # noqa: E731
     refused(r"init makes for seed 0 has 'mine' at \['name'\], expected arrays", init=named)
@@ -1195,6 +1252,9 @@ def test_bad_problems_say_what_to_change():
     )  # fmt: skip
     with pytest.raises(ValueError, match="batch=3, expected a function"):
         Draw(3)
+    for wrong in ([mtl.upgrad], [mtl.upgrad(2)]):
+        with pytest.raises(ValueError, match=r"strategies has .* in it, expected names of the"):
+            mtl.compare.run(PROBLEM, wrong, live=False)
     with pytest.raises(ValueError, match="out is empty, expected a folder"):
         mtl.compare.run(PROBLEM, [], out="")
     with pytest.raises(ValueError, match="no setting is called 'step'"):
@@ -1369,6 +1429,59 @@ def test_a_metric_that_is_nan_is_left_out_and_chooses_nothing():
     assert {s["rate"] for s in found.results["strategies"].values()} == {0.1}
 
 
+def test_mistakes_of_one_strategy_are_said_before_any_is_trained(monkeypatch):
+    monkeypatch.setattr(run._Trainer, "notes", pytest.fail)
+    problem = least_squares(fits, higher_is_better=False, options={"gradnorm": {"alpha": "much"}})
+    with pytest.raises(ValueError, match="alpha=much, expected"):
+        mtl.compare.run(problem, ["uwso", "gradnorm"], seeds=2, live=False, checkpoints=2)
+
+
+def test_other_static_weights_are_trained_anew():
+    """As many as before, of which other ones are those of a single task."""
+    setup = setups.Setup(PROBLEM, SETTINGS)
+    some = [np.full((3, 2), i, np.float32) for i in range(4)]
+    facts = [train.facts(setup, train.STATIC, order) for order in (some, some, some[::-1])]
+    assert facts[0] == facts[1] != facts[2]
+
+
+def test_optimizers_are_followed_by_sgd():
+    """AdaTask's own moments, and not Adam's after them."""
+    problem = least_squares(fits, higher_is_better=False, learning_rates=0.1, steps=2)
+    found = mtl.compare.run(problem, ["adatask"], seeds=1, live=False, checkpoints=2, candidates=1)
+    x, w = np.array(problem.train), jnp.zeros(3)
+    tx = optax.chain(mtl.adatask(2), optax.sgd(optax.cosine_decay_schedule(0.1, 2)))
+    state, order = tx.init(w), np.random.default_rng(0).permutation(32)
+    for batch in (x[order[:8]], x[order[8:16]]):
+        _, jac = mtl.value_and_jac(fits)(w, batch)
+        updates, state = tx.update(jac, state, w)
+        w = optax.apply_updates(w, updates)
+    ours = found.results["strategies"]["adatask"]["test"]
+    for task, value in fits(w, problem.test).items():
+        np.testing.assert_allclose(ours[task][0][-1], value, rtol=1e-4)
+
+
+def test_examples_that_are_tasks_are_not_halved():
+    def loss(w, example):
+        return jnp.sum((w - example) ** 2)
+
+    problem = dataclasses.replace(
+        least_squares(fits, higher_is_better=False), loss_fn=loss, batch_size=4,
+        jac={"in_axes": (None, 0)},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="modo halves a batch, whose examples in_axes takes"):
+        mtl.compare.run(problem, ["modo"], live=False)
+
+
+def test_metrics_in_python_have_the_same_names_on_every_split():
+    def metrics(w, split):
+        name = "a" if len(split) == 32 else "c"
+        return {name: float(np.sum(np.asarray(w)))}
+
+    problem = dataclasses.replace(least_squares(metrics), test=np.ones((5, 3), "f"))
+    with pytest.raises(ValueError, match="metrics returns 'c' of one split, expected 'a' as of"):
+        mtl.compare.run(problem, [], seeds=1, live=False, checkpoints=2, candidates=1)
+
+
 def test_one_loss_is_diagnosed():
     one = lambda w, x: {"a": fits(w, x)["a"]}  # noqa: E731
     problem = dataclasses.replace(least_squares(one, higher_is_better=False), loss_fn=one)
@@ -1396,10 +1509,11 @@ def test_code_of_the_user_is_seen_through_modules_imports_and_slots(tmp_path, mo
         "class Held:\n    __slots__ = ('c',)\n    def __init__(self, c): self.c = c\n"
         "held = Held(1)\n"
         "def slotted(w): return held.c * w\n"
+        "def named(w): return getattr(ownlib.score, 'of')(w)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     user = importlib.import_module("ownlib.user")
-    functions = [user.outside, user.inside, user.slotted]
+    functions = [user.outside, user.inside, user.slotted, user.named]
     before = [hashes.of_function(f) for f in functions]
     assert before == [hashes.of_function(f) for f in functions]
     monkeypatch.setattr(sys.modules["ownlib.score"], "of", lambda w: 100 + w)

@@ -239,6 +239,22 @@ def test_a_finite_loss_with_an_infinite_gradient_is_dropped_too():
     np.testing.assert_array_equal(state[0].dropped, [1, 0])
 
 
+def test_a_row_that_a_weight_takes_out_of_range_is_dropped():
+    weigh = mtl.scale_by_weights([1e20, 1.0])
+    tx = optax.chain(weigh, drop_nonfinite_tasks(2), mtl.sum_tasks())
+    rows = jnp.array([[1e30, 0.0], [0.0, 1.0]])
+    update, state = tx.update(rows, tx.init(jnp.ones(2)), losses=jnp.ones(2))
+    assert (update.tolist(), state[1].dropped.tolist()) == ([0, 1], [1, 0])
+
+
+def test_rows_of_a_nearly_solved_task_stay_in_range():
+    tx, rows = normalize_tasks("loss+"), jnp.array([[1e-19, 0.0], [0.0, 1.0]])
+    jac, _ = tx.update(rows, tx.init(jnp.ones(2)), losses=jnp.array([1e-26, 1.0]))
+    assert np.all(np.isfinite(jac.rows()))
+    assert np.all(np.isfinite(jac.loss_vector()))
+    np.testing.assert_array_equal(jac.rows()[1], [0, 1])
+
+
 def test_drop_works_on_the_feature_jacobian_and_on_given_rows(problem):
     params, x, y = problem
     poisoned = {**y, "b": y["b"].at[3].set(jnp.nan)}

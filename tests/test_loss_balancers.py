@@ -472,6 +472,28 @@ def test_famo_does_not_depend_on_the_units_of_the_losses():
     np.testing.assert_allclose(got.logits, expected.logits, atol=1e-4)
 
 
+def test_famo_learns_nothing_of_a_task_that_the_observed_batch_had_not():
+    tx, losses = scale_by_famo(3), jnp.array(FAMO_LOSSES)
+    _, state = tx.update(jnp.eye(3), tx.init(None), losses=losses[0])
+
+    def after(garbage):
+        seen = observe_losses(
+            state,
+            {"a": losses[1][0], "b": [garbage, losses[1][2]]},
+            present={"a": True, "b": [False, True]},
+        )
+        assert seen.losses_after[1] == state.losses_after[1]
+        return tx.update(jnp.eye(3), seen, losses=losses[2])[1]
+
+    # The second task is compared with its loss of the next update, the others with the observed.
+    mixed = observe_losses(state, jnp.array([losses[1][0], losses[2][1], losses[1][2]]))
+    expected = tx.update(jnp.eye(3), mixed, losses=losses[2])[1]
+    for garbage in (jnp.nan, 1e30, 0.0):
+        chex.assert_trees_all_equal(after(garbage), expected)
+    with pytest.raises(ValueError, match="expected a bool for each of the 3 losses"):
+        observe_losses(state, losses[1], present=[True, False])
+
+
 def test_observe_losses_says_what_is_wrong():
     with pytest.raises(TypeError, match=r"no link of this optimizer state, a tuple.*mtl\.famo"):
         observe_losses(optax.chain(mtl.dwa(2), optax.sgd(0.1)).init(jnp.ones(2)), [1.0, 2.0])

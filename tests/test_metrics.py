@@ -156,6 +156,23 @@ def test_ranks_and_volumes_say_what_does_not_fit():
         hypervolume([[1.0, 2.0]], [0.0, 0.0], higher_is_better=[True])
 
 
+def test_a_task_of_nan_leaves_the_affinities_of_the_others():
+    def losses(w, y):
+        return {"a": jnp.sum((jnp.tanh(w) - 1) ** 2), "b": jnp.sum((jnp.tanh(w) - y) ** 2)}
+
+    whole, spoiled = (affinity(losses, jnp.zeros(2), y, learning_rate=0.1) for y in (1.0, np.nan))
+    assert np.isnan(spoiled).tolist() == [[False, True], [True, True]]
+    np.testing.assert_allclose(spoiled[0, 0], whole[0, 0], rtol=1e-6)
+
+
+def test_derivatives_of_measures_of_a_front_are_numbers_on_it():
+    front = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+    assert np.all(np.isfinite(jax.grad(lambda p: igd(p, front))(front.at[1].set(0.4))))
+    even = jnp.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])
+    assert np.all(np.isfinite(jax.grad(spacing)(even)))
+    np.testing.assert_allclose(igd([[0.0, 0.0]], [[3e20, 4e20]]), 5e20, rtol=1e-6)
+
+
 def test_affinity_of_quadratics_is_a_closed_form():
     """L_j = a_j |w - t_j|^2 / 2 + h_j^2: a step of eta on task i leaves w - eta a_i (w - t_i)."""
     rng, eta = np.random.default_rng(0), 0.2

@@ -864,7 +864,13 @@ def read_wrongly(name):
         (lambda: small(models.PLE, experts=4, num_task_experts=0), "num_task_experts is 0"),
         (lambda: small(models.PLE, experts=4, num_levels=0), "num_levels is 0"),
         (lambda: small(models.DSelectK, experts=4, num_experts=2, num_selected=0), "selected is 0"),
-        (lambda: small(models.DSelectK, experts=4, num_experts=2, gamma=0.0), "gamma is 0.0"),
+        (
+            lambda: small(models.DSelectK, experts=4, num_experts=2, gamma=0.0),
+            "gamma=0.0, expected",
+        ),
+        (lambda: small(models.DSelectK, experts=4, num_experts=2, gamma="1"), "gamma=1, expected"),
+        (lambda: small(models.CrossStitch, blocks=4, same="0.9"), "same=0.9, expected a number"),
+        (lambda: small(models.LTB, blocks=4)(X, temperature=0.0), "temperature=0.0, expected"),
         (lambda: small(models.LTB, blocks=4, num_branches=0), "num_branches is 0"),
         (lambda: small(models.CrossStitch, blocks=()), "blocks is empty"),
         (lambda: small(models.CrossStitch, blocks=(4, "4")), "blocks of level 1 is '4'"),
@@ -882,3 +888,10 @@ def read_wrongly(name):
 def test_static_mistakes_say_what_to_do(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_what_is_of_another_kind_is_named():
+    with pytest.raises(TypeError, match=r"rngs is a \w+, expected nnx.Rngs\(0\)"):
+        models.HardSharing((4, 3), {"a": 1}, rngs=jax.random.key(0))
+    with pytest.raises(TypeError, match="activation='relu', expected a function"):
+        models.HardSharing((4, 3), {"a": 1}, activation="relu", rngs=nnx.Rngs(0))

@@ -196,8 +196,32 @@ def test_mistakes_say_what_to_do(history):
         plots.pareto_plane({"r": {"a": [2.0, 1.0], "b": [2.0]}}, ("a", "b"))
     with pytest.raises(ValueError, match=r"expected \(T,\) for each, as many steps in both"):
         plots.pareto_plane({"r": {"a": [[2.0, 1.0]], "b": [[2.0, 1.0]]}}, ("a", "b"))
-    with pytest.raises(ValueError, match="no runs"):
-        plots.pareto_plane({}, ("a", "b"))
+    for runs in ({}, [history]):
+        with pytest.raises(ValueError, match=r"expected one or more, \{label: \{task: losses\}\}"):
+            plots.pareto_plane(runs, ("a", "b"))
+    for tasks in (("a",), ("a", "b", "c")):
+        with pytest.raises(ValueError, match="expected the two of the axes"):
+            plots.pareto_plane({"run": history}, tasks)
+    for better in ([True], {"a": True, "b": False}, "yes", 1):
+        with pytest.raises(ValueError, match="expected a bool, or one a task"):
+            plots.pareto_plane({"run": history}, ("a", "b"), higher_is_better=better)
+    with pytest.raises(ValueError, match="the history is a list, expected one dict of arrays"):
+        plots.weights([{"weights/a": 1.0}])
+    with pytest.raises(ValueError, match="solutions is a ndarray, expected"):
+        plots.front(np.ones((3, 2)))
+
+
+def test_each_axis_of_the_plane_has_its_own_direction():
+    runs = {"high": {"x": [0.9], "y": [0.9]}, "low": {"x": [0.5], "y": [0.5]}}
+    beaten = {False: [True, False], True: [False, True], (True, False): [False, False]}
+    for better, expected in [*beaten.items(), ([False, False], beaten[False])]:
+        ax = plots.pareto_plane(runs, ("x", "y"), higher_is_better=better)
+        assert [line.get_markerfacecolor() == "white" for line in ax.lines] == expected
+
+
+def test_one_nan_leaves_the_colours_of_the_others():
+    ax = plots.affinity([[0.2, np.nan], [0.1, -0.3]], ("a", "b"))
+    assert ax.images[0].get_clim() == (-0.3, 0.3)
 
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):

@@ -54,6 +54,7 @@ def test_indicators_count():
     assert accuracy(jnp.ones((2, 3), jnp.bfloat16), jnp.zeros(2, int)).dtype == jnp.float32
     # Votes and differences of counts are integers.
     assert accuracy(jnp.array([[2, 0], [3, 1]]), jnp.array([0, 1])) == 0.5
+    assert accuracy(jnp.array([[jnp.nan] * 2, [3, 1]]), jnp.array([0, 0])) == 0.5
     assert share_within(jnp.array([1, -5]), 2) == 0.5
 
 

@@ -23,10 +23,10 @@ class FamoState(NamedTuple):
     opt_state: PerTask  # of the optimizer of each xi
     gaps: PerTask  # (K,) float32, losses above min_losses at the last update, 0 if unusable
     losses_after: PerTask  # (K,) float32, what observe_losses last brought
-    observed: jax.Array  # () int32, 1 if it did since the last update
+    observed: PerTask  # (K,) int32, 1 if it did since the last update
     unusable: PerTask  # (K,) int32, updates in which its loss was not above min_losses, or infinite
 
-    def observe(self, losses_after: Any) -> "FamoState":
+    def observe(self, losses_after: Any, present: Any = None) -> "FamoState":
         """The state that knows the losses after the last update: see `observe_losses`."""
         losses = flatten_losses(losses_after).astype(jnp.float32)
         if losses.shape != self.losses_after.shape:
@@ -34,7 +34,18 @@ class FamoState(NamedTuple):
                 f"losses_after has {losses.size} losses, expected {self.losses_after.size}: pass "
                 "all losses of the same batch, as the loss function returns them"
             )
-        return self._replace(losses_after=losses, observed=jnp.ones_like(self.observed))
+        seen = jnp.ones(losses.shape, bool)
+        if present is not None:
+            seen = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(present)])
+            if seen.shape != losses.shape or seen.dtype != bool:
+                raise ValueError(
+                    f"present={present!r}, expected a bool for each of the {losses.size} losses, "
+                    "in a tree like theirs"
+                )
+        return self._replace(
+            losses_after=jnp.where(seen, losses, self.losses_after),
+            observed=jnp.where(seen, 1, self.observed),
+        )
 
 
 def scale_by_famo(
@@ -113,7 +124,7 @@ def scale_by_famo(
             opt_state=jax.vmap(optimizer.init)(logits),
             gaps=jnp.zeros(num_tasks, jnp.float32),
             losses_after=jnp.zeros(num_tasks, jnp.float32),
-            observed=jnp.zeros([], jnp.int32),
+            observed=jnp.zeros(num_tasks, jnp.int32),
             unusable=jnp.zeros(num_tasks, jnp.int32),
         )
 

@@ -109,7 +109,8 @@ class Comparison:
             from mtl_optax.compare import _report as report
 
             report.page(results, {})  # whole, with numbers where numbers should be
-            len(results["window_steps"]), len(results["checkpoint_steps"])  # of the pictures
+            if not (results["window_steps"] and results["checkpoint_steps"]):  # of the pictures
+                raise ValueError(wrong)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(wrong) from error
         return cls(results)

@@ -222,9 +222,13 @@ def _of_class(cls: type) -> Iterator[Any]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The names of globals and attributes in code, and in the functions that it defines."""
+    """The names of globals and attributes in code, and in the functions that it defines.
+
+    Texts too, which `getattr` takes.
+    """
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return {*code.co_names}.union(*map(_names, inner))
+    texts = (c for c in code.co_consts if isinstance(c, str) and c.isidentifier())
+    return {*code.co_names, *texts}.union(*map(_names, inner))
 
 
 def _name(value: Any) -> str:

@@ -107,12 +107,16 @@ class Problem:
         _check(self, "init", "loss_fn", "metrics")
         _check(self, *(name for name in ("present", "kpis") if getattr(self, name) is not None))
         _check(self, "options", "jac", kind=Mapping, expected="a dict")
+        for option in {"has_aux", "argnums"} & self.jac.keys():
+            raise ValueError(
+                f"jac has {option!r} in it, which a comparison sets itself: leave it out"
+            )
 
 
 def _check(of: Any, *names: str, kind: Any = Callable, expected: str = "a function") -> None:
     for name in names:
         if not isinstance(getattr(of, name), kind):
-            raise ValueError(f"{name}={_shortened(getattr(of, name))}, expected {expected}")
+            raise ValueError(f"{name}={shortened(getattr(of, name))}, expected {expected}")
 
 
 def labelled(labels: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -175,7 +179,7 @@ def check_names(what: str, names: Sequence[Any]) -> None:
     for name in names:
         if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
             raise ValueError(
-                f"a {what} is called {_shortened(name)}, expected a text of 1 to {MAX_NAME} "
+                f"a {what} is called {shortened(name)}, expected a text of 1 to {MAX_NAME} "
                 "printable characters: rename it"
             )
     twice = {name for name in names if list(names).count(name) > 1}
@@ -205,7 +209,7 @@ def check_arrays(what: str, tree: Any) -> None:
         if not fits:
             where = jax.tree_util.keystr(path)
             raise ValueError(
-                f"{what} has {_shortened(leaf)}{' at ' * bool(where)}{where}, expected arrays of "
+                f"{what} has {shortened(leaf)}{' at ' * bool(where)}{where}, expected arrays of "
                 "numbers alone"
             )
 
@@ -220,8 +224,14 @@ def check_optimizer(optimizer: Any) -> None:
         fits = len(asked) > 1 or any(p.kind == p.VAR_POSITIONAL for p in asked)
     if not fits:
         raise ValueError(
-            f"optimizer={_shortened(optimizer)}, expected a function of a learning rate and the "
+            f"optimizer={shortened(optimizer)}, expected a function of a learning rate and the "
             "number of steps: lambda rate, steps: optax.adam(rate)"
+        )
+    made = optimizer(jnp.float32(1.0), 1)
+    if not (callable(getattr(made, "init", None)) and callable(getattr(made, "update", None))):
+        raise ValueError(
+            f"optimizer returns {shortened(made)}, expected an Optax transformation: lambda rate, "
+            "steps: optax.adam(rate)"
         )
 
 
@@ -233,6 +243,10 @@ def check_options(options: Mapping[str, Mapping[str, Any]]) -> None:
                 mtl.make(name, 1)
             except ValueError as error:  # says which names are near
                 raise ValueError(f"Problem.options: {error}") from None
+        if not isinstance(told, Mapping):
+            raise ValueError(
+                f"Problem.options: {name} has {shortened(told)}, expected a dict of options"
+            )
         takes = inspect.signature(mtl.STRATEGIES[name].factory).parameters
         if any(takes[option].kind is inspect.Parameter.VAR_KEYWORD for option in takes):
             continue
@@ -250,7 +264,7 @@ def check_texts(**texts: Any) -> None:
     """Refuses what a report could not show."""
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name} is {_shortened(text)}, expected a text")
+            raise ValueError(f"{name} is {shortened(text)}, expected a text")
 
 
 def whole(name: str, value: Any) -> int:
@@ -313,7 +327,8 @@ def batch_order(settings: Settings, num_examples: int) -> np.ndarray:
     return np.stack([one_seed(seed) for seed in range(settings.seeds)])
 
 
-def _shortened(name: Any) -> str:
+def shortened(name: Any) -> str:
+    """What a user gave, in a message."""
     text = repr(name)
     return text if len(text) <= 40 else f"{text[:40]}..."
 
@@ -333,4 +348,4 @@ def _is_number(value: Any) -> bool:
 def _described(value: Any) -> str:
     if isinstance(value, jax.ShapeDtypeStruct):
         return f"of type {value.dtype}"
-    return _shortened(value)
+    return shortened(value)

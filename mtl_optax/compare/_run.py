@@ -22,7 +22,7 @@ import numpy as np
 
 import mtl_optax as mtl
 from mtl_optax.compare import _selection as selection, _store as store, _train as train
-from mtl_optax.compare._problem import Problem, Settings
+from mtl_optax.compare._problem import Problem, Settings, shortened
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, Notes
 from mtl_optax.compare._setup import Setup
 
@@ -64,12 +64,14 @@ def compared(
         jobs = [EQUAL_WEIGHTS, train.STATIC, *names]
         common = {} if folder is None else {**setup.facts(), "versions": _packages()}
         trainer = _Trainer(setup, on_progress, jobs)
+        # Whatever is wrong with one of them is said before any is trained.
+        of_each = {name: trainer.facts(name) for name in jobs}
         notes: dict[str, Notes] = {}
         for name in jobs:
             path, facts, known = None, {}, None
             if folder is not None:
                 path = folder / f"{_file_name(name)}.run"
-                facts = {**common, "settings": _asked(settings), **trainer.facts(name)}
+                facts = {**common, "settings": _asked(settings), **of_each[name]}
                 known = store.load(path, facts, warn)
             if known:
                 trainer.skip(name)
@@ -99,11 +101,20 @@ def _chosen(problem: Problem, strategies: Sequence[str]) -> tuple[list[str], dic
     for name in mtl.STRATEGIES:
         for argument in sorted({*mtl.STRATEGIES[name].extra_args} - given):
             skipped[name] = f"needs {argument}"
+    if problem.jac.get("in_axes") is not None:
+        for name, row in mtl.STRATEGIES.items():
+            if row.needs in ("batches", "validation"):
+                skipped[name] = "halves a batch, whose examples in_axes takes for tasks"
     if "weights" not in problem.options:
         skipped["weights"] = "needs weights of yours, in options"
     everything = [name for name in mtl.STRATEGIES if name not in skipped]
     strategies = [strategies] if isinstance(strategies, str) else strategies
     for name in strategies:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"strategies has {shortened(name)} in it, expected names of the catalog, such as "
+                "'upgrad'; mtl.register gives one of yours a name"
+            )
         if name not in ("all", *mtl.STRATEGIES):
             mtl.make(name, 1)  # raises, and says which names are near
     if "all" in strategies:
@@ -135,6 +146,7 @@ class _Trainer:
 
     def facts(self, name: str) -> dict[str, Any]:
         """What the notes of a job depend on, beside what all depend on."""
+        self._report(f"checking {name}")
         return train.facts(self._setup, name, self._variants(name))
 
     def notes(self, name: str) -> Notes:
@@ -164,11 +176,13 @@ class _Trainer:
         per_look = settings.steps_per_checkpoint // setup.source.steps
         last = settings.checkpoints * per_look - 1
         for i, items in enumerate(setup.source.items()):
-            if i in (0, last):  # always the same steps from its start
-                first = (plain.state, self._plain_configs, data, setup.source.first)
-                plain_seconds.append(_turn(plain, *first)[0])
+            # Always the same steps from its start: before the first chunk and after the last.
+            if i == 0:
+                plain_seconds.append(self._plain_turn())
             spent, state, record = _turn(program, state, configs, data, items)
             seconds.append(spent)
+            if i == last:
+                plain_seconds.append(self._plain_turn())
             over_time.append(record)
             if (i + 1) % per_look == 0:
                 looks.append(
@@ -198,6 +212,11 @@ class _Trainer:
             "cosine": cosines,
             "norm": norms,
         }
+
+    def _plain_turn(self) -> float:
+        source = self._setup.source
+        first = self._plain.state, self._plain_configs, source.data, source.first
+        return _turn(self._plain, *first)[0]
 
     @functools.cached_property
     def _plain_configs(self) -> train.Config:

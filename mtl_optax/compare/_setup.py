@@ -186,6 +186,11 @@ class Setup:
             given = self.given(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
             for i, split in enumerate((self._validation, self._test)):
                 found = self.problem.metrics(*given, split)
+                if {*found} != {*self.metric_names}:
+                    raise ValueError(
+                        f"metrics returns {', '.join(map(repr, found))} of one split, expected "
+                        f"{', '.join(map(repr, self.metric_names))} as of validation"
+                    )
                 values[i, s, c] = [float(found[name]) for name in self.metric_names]
         return values[0], values[1]
 

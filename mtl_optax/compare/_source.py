@@ -4,6 +4,7 @@ Each becomes items with the axes of seeds and steps, and a traced function from 
 so that one compiled scan serves all of them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -54,13 +55,15 @@ def source_of(problem: Problem, settings: Settings) -> Source:
     probe = count if count < NUM_PROBED else NUM_PROBED
     if problem.jac.get("in_axes") is not None:
         probe = settings.batch_size  # the tasks may be the examples
+    # Whatever the order in which they are stored.
+    looked_at = np.random.default_rng(0).permutation(count)[:probe]
     return Source(
         data=jax.device_put(train),
         batch=lambda data, index: jax.tree.map(lambda array: array[index], data),
         items=lambda: map(jnp.asarray, chunks),
         first=jnp.asarray(chunks[0]),
         steps=settings.steps_per_checkpoint,
-        probe=jax.tree.map(lambda array: jnp.asarray(array[:probe]), train),
+        probe=jax.tree.map(lambda array: jnp.asarray(np.asarray(array)[looked_at]), train),
         num_examples=count,
     )
 
@@ -105,7 +108,13 @@ def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
                 raise ValueError(_no_batch(number, expected and expected.shapes, others))
             epoch += 1
 
-    first = next(forever(0))
+    first, again = _copied(next(forever(0))), next(forever(0))
+    same = functools.partial(np.array_equal, equal_nan=True)
+    if _Kind.of(first) != _Kind.of(again) or not jax.tree.all(jax.tree.map(same, first, again)):
+        raise ValueError(
+            "train(0) yields another first batch when it is called again, expected the same ones "
+            "for the same integer: draw from a generator that is made of it"
+        )
     kind = _Kind.of(first)  # of all seeds
     size = settings.seeds * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
     between = settings.steps_per_checkpoint
@@ -115,7 +124,7 @@ def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
     def items() -> Iterator[Any]:
         streams = [forever(seed, kind) for seed in range(settings.seeds)]
         for _ in range(settings.steps // steps):
-            rows = [_stacked([next(stream) for _ in range(steps)]) for stream in streams]
+            rows = [_stacked([_copied(next(s)) for _ in range(steps)]) for s in streams]
             yield jax.device_put(_stacked(rows))
 
     return Source(
@@ -164,6 +173,11 @@ def _other_kind(number: int, expected: _Kind, kind: _Kind) -> str:
         f"train({number}) yields a batch of the {what} {new}, expected {old}, of the first batch "
         "of train(0): yield batches of one kind"
     )
+
+
+def _copied(batch: Any) -> Any:
+    """A batch of its own: a data loader may fill the same arrays anew."""
+    return jax.tree.map(np.array, batch)
 
 
 def _stacked(trees: list[Any]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LEVEL = 0.05
+ROUNDING = 1e-9  # of what is the same number, computed twice
 NO_NUMBER = "–"
 
 
@@ -24,12 +25,18 @@ class Estimate(NamedTuple):
         error = float(values.std(ddof=1) / np.sqrt(len(values)))
         return cls(float(values.mean()), quantile(len(values) - 1) * error)
 
-    def text(self, decimals: int = 2, *, signed: bool = False, scale: float = 1.0) -> str:
-        """``mean ± half``, or the mean alone where there is no interval."""
+    def text(
+        self, decimals: int = 2, *, signed: bool = False, scale: float = 1.0, small: bool = False
+    ) -> str:
+        """``mean ± half``, or the mean alone where there is no interval.
+
+        `small` numbers of which the decimals show nothing are shown by powers of ten.
+        """
         if not np.isfinite(self.mean):
             return NO_NUMBER
         large = max(abs(scale * self.mean), abs(np.nan_to_num(scale * self.half))) >= 1e4
-        style = ".1e" if large else f".{decimals}f"
+        lost = small and 0 < abs(scale * self.mean) < 10.0**-decimals
+        style = ".1e" if large or lost else f".{decimals}f"
         mean = f"{scale * self.mean:{'+' if signed else ''}{style}}"
         return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:{style}}"
 
@@ -42,19 +49,30 @@ def of_finite(statistic: Any, values: np.ndarray) -> np.ndarray:
     return np.where(some, statistic(known, axis=0), np.nan) if len(values) else values
 
 
-def p_value(differences: object) -> float:
+def p_value(differences: object, resolution: float = 0.0) -> float:
     """The two-sided p of Student's t that differences, one a seed, have the mean 0.
 
-    1 with fewer than three seeds, whose differences may be equal by the rounding of a metric alone,
-    and where one is not finite.
+    1 with fewer than three seeds, and where one is not finite.
+
+    Args:
+      differences: one a seed.
+      resolution: the step of what was measured, such as one example of an accuracy. Few seeds often
+        differ by the same number of steps, by chance: each is taken to be uncertain by one more.
     """
     values = np.asarray(differences, np.float64)
     if len(values) < 3 or not np.all(np.isfinite(values)) or not np.any(values):
         return 1.0
-    error = values.std(ddof=1) / np.sqrt(len(values))
+    error = np.sqrt((values.var(ddof=1) + resolution**2) / len(values))
     if error == 0:
         return 0.0
     return 1 - between(abs(values.mean()) / error, len(values) - 1)
+
+
+def resolution_of(values: np.ndarray) -> float:
+    """The smallest step between measurements ``(N, S)`` of one seed; 0 if all are equal."""
+    steps = np.diff(np.sort(values, axis=0), axis=0)
+    steps = steps[steps > ROUNDING * np.max(np.abs(values), initial=0)]
+    return float(steps.min()) if steps.size else 0.0
 
 
 def between(t: float, degrees: int) -> float:

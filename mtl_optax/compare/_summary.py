@@ -13,7 +13,7 @@ from mtl_optax.compare._selection import (
     at_best,
     is_near_zero,
 )
-from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value
+from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value, resolution_of
 from mtl_optax.metrics import mean_rank
 
 SINGLE_TASK = "single task"
@@ -134,8 +134,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
 def judged(deltas: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
     """Which differences from equal and tuned static weights are more than chance.
 
-    Paired over seeds by Student's t; Holm's correction is over all that are compared, so that one
-    false arrow in a whole table is as rare as its level says.
+    Paired over seeds by Student's t, of which no difference is known to less than the smallest step
+    in the table; Holm's correction is over all that are compared, so that one false arrow in a
+    whole table is as rare as its level says.
 
     Args:
       deltas: Δm of each seed, by strategy, the baselines among them.
@@ -146,7 +147,9 @@ def judged(deltas: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
     tests = [(name, EQUAL, EQUAL_WEIGHTS) for name in deltas if name != EQUAL_WEIGHTS]
     tests += [(name, OVER_TUNED, TUNED) for name in deltas if name not in _REFERENCES]
     differences = [deltas[name] - deltas[other] for name, _, other in tests]
-    corrected = holm([p_value(d) for d in differences])
+    every = np.stack(list(deltas.values()))
+    resolution = resolution_of(every[:, np.isfinite(every).all(axis=0)])
+    corrected = holm([p_value(d, resolution) for d in differences])
     verdicts: dict[str, dict[str, str]] = {name: {} for name in deltas}
     for (name, what, _), d, p in zip(tests, differences, corrected, strict=True):
         if p <= LEVEL:
@@ -294,6 +297,11 @@ def notes(results: dict[str, Any]) -> list[str]:
             "The baseline's metrics are all near zero, so that a relative change of them, and Δm, "
             "says little: look at the metrics themselves."
         )
+    if not results["single_task"]:
+        said.append(
+            "Metrics have other names than the tasks "
+            f"({_few(problem['tasks'])}), so that models of one task are no baseline."
+        )
     alone = _diverged_alone(results)
     if alone:
         seeds = results["settings"]["seeds"]
@@ -334,7 +342,7 @@ def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
 
     def metric(row: Row, m: str) -> str:
         scale = 100.0 if percent(results, m) else 1.0
-        return row.metrics[m].text(2 if percent(results, m) else 4, scale=scale)
+        return row.metrics[m].text(2 if percent(results, m) else 4, scale=scale, small=True)
 
     def worst(row: Row) -> str:
         m = min(metrics, key=lambda m: sign[problem["higher_is_better"][m]] * row.metrics[m].mean)
@@ -369,7 +377,7 @@ def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
         (3, "time\n× plain", lambda r: number(r.wall_ratio, ".2f")),
     ]
     if len(metrics) == 2:
-        made.append((8, "hyper-\nvolume", lambda r: r.volume.text(1)))
+        made.append((8, "hyper-\nvolume", lambda r: r.volume.text(1, small=True)))
     table = [(place, [title, *map(cell, lines)]) for place, title, cell in made]
     return [(place, cells) for place, cells in table if any(cells[1:])]
 
@@ -415,7 +423,10 @@ def markdown(results: dict[str, Any], width: float = math.inf) -> str:
 
 
 def _listed(lines: list[Row]) -> str:
-    names = [row.label for row in lines]
+    return _few([row.label for row in lines])
+
+
+def _few(names: list[str]) -> str:
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more
 

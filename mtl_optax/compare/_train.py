@@ -21,6 +21,7 @@ from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import halves
 
 PLAIN = "plain"  # not a strategy: jax.grad of the summed losses, the reference of every overhead
+OPTIMIZERS = ("adatask", "m_config")  # hold Adam's moments: followed by SGD, rates along a cosine
 STATIC = "static weights"  # what every weighting has to be better than
 INVERSE, ALONE, RANDOM = "inverse", "alone", "random"  # where static weights come from
 
@@ -132,10 +133,11 @@ def facts(setup: Setup, name: str, variants: list[Any]) -> dict[str, Any]:
 
     arguments = *setup.one_seed(0), jnp.int32(0), config, setup.source.data, item
     options = [variant for variant in variants if isinstance(variant, dict)]
+    weights = [variant for variant in variants if not isinstance(variant, dict)]
     return {
         "training": hashes.of_program(once, *arguments),
         "variants": [{o: float(value) for o, value in chosen.items()} for chosen in options],
-        "trials": len(variants),
+        "weights": hashes.of_values(weights),
     }
 
 
@@ -151,6 +153,9 @@ def _program(setup: Setup, name: str) -> tuple[Callable[..., Any], Callable[...,
 
     def transformation(key: jax.Array, config: Config) -> optax.GradientTransformationExtraArgs:
         optimizer = problem.optimizer(config.rate, settings.steps)
+        if name in OPTIMIZERS:
+            schedule = optax.cosine_decay_schedule(1.0, settings.steps)
+            optimizer = optax.sgd(lambda count: config.rate * schedule(count))
         if name == PLAIN:
             return optax.with_extra_args_support(optimizer)
         if name == STATIC:

@@ -5,7 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 import optax
 
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import bounded, divide
 from mtl_optax._options import check_choice
 from mtl_optax.links import link
 
@@ -57,7 +57,7 @@ def normalize_tasks(
             weights = divide(length, norms, 1)
         if kind in ("loss", "loss+"):
             loss = jacobian.loss_vector()
-            weights = divide(weights, loss, weights)
+            weights = bounded(divide(weights, loss, weights))
         return jacobian.scale(weights), state
 
     return link(optax.init_empty_state, update_fn)

@@ -366,18 +366,22 @@ class Jacobian:
             finite &= jnp.isfinite(self._scales)
         every = [self._heads(), *(linear.heads() for linear in self._way.linear_maps())]
         hidden = {i for i, is_shown in enumerate(self._layout.shown) if not is_shown}
-        ones = jnp.ones(self.num_tasks, self.dtype)
+        # As they are scaled: a weight may take a row out of range.
+        scales = jnp.ones(self.num_tasks, self.dtype) if self._scales is None else self._scales
 
         def seen(leaves: list[list[jax.Array]]) -> list[jax.Array]:
             own, *others = leaves
             shown = [leaf for i, leaf in enumerate(own) if i not in hidden]
             return [*shown, *itertools.chain(*others)]
 
-        total = seen([heads.mix(ones) for heads in every])
+        total = seen([heads.mix(scales) for heads in every])
         none_wrong = jnp.all(jnp.stack([all_finite(leaf) for leaf in total]))
 
         def one_by_one():
-            return finite_rows(seen([heads.rows("isolated") for heads in every]))
+            rows = seen([heads.rows("isolated") for heads in every])
+            return finite_rows(
+                rows if self._scales is None else [scale_rows(r, scales) for r in rows]
+            )
 
         return finite & fallback(~none_wrong, one_by_one, lambda: jnp.ones_like(finite))
 

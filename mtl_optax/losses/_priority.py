@@ -92,7 +92,8 @@ def accuracy(
         )
     dtype = wide(jnp.result_type(float, logits))
     if not soft:
-        return jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=dtype)
+        right = jnp.argmax(logits, axis=-1) == labels  # of NaN the first is the largest
+        return jnp.mean(right & ~jnp.any(jnp.isnan(logits), axis=-1), dtype=dtype)
     probabilities = jax.nn.softmax(logits.astype(dtype))
     return jnp.mean(jnp.take_along_axis(probabilities, labels[..., None], axis=-1))
 

@@ -86,6 +86,10 @@ class Builder:
     """Makes the layers of one model from what the user gave, all with the same options."""
 
     def __init__(self, activation: Activation, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        if not callable(activation):
+            raise TypeError(f"activation={activation!r}, expected a function, such as nnx.relu")
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs is a {type(rngs).__name__}, expected nnx.Rngs(0)")
         self.activation = activation
         self.options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.rngs = rngs

@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from mtl_optax._options import check_option
 from mtl_optax.models._base import Activation, Builder, Layer, Sizes, names_of_heads
 from mtl_optax.models._columns import Block, Columns
 
@@ -74,6 +76,7 @@ class CrossStitch(Columns):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_option("same", same, np.isfinite, "a number, such as 0.9")
         num_tasks = len(names_of_heads(heads))
         other = (1 - same) / max(num_tasks - 1, 1)
         alpha = jnp.where(jnp.eye(num_tasks, dtype=bool), same if num_tasks > 1 else 1.0, other)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtl_optax._numerics import wide
+from mtl_optax._options import check_option
 from mtl_optax.models._base import Layer, Sizes, positive_integer
 from mtl_optax.models._experts import softmax
 from mtl_optax.models._mmoe import MMoE
@@ -105,8 +106,7 @@ class SmoothStepGate(nnx.Module):
     ):
         self.num_experts = num_experts
         self.num_selected = positive_integer(num_selected, "num_selected")
-        if not gamma > 0:
-            raise ValueError(f"gamma is {gamma}, expected a positive width of the smooth step")
+        check_option("gamma", gamma, lambda g: g > 0, "more than 0, the width of the smooth step")
         self.gamma = gamma
         self.num_bits = (num_experts - 1).bit_length()
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtl_optax._numerics import wide
+from mtl_optax._options import check_option
 from mtl_optax.models._base import (
     Activation,
     Builder,
@@ -115,6 +116,7 @@ class LTB(Columns):
             straight-through estimate).
           **kwargs: for the encoder.
         """
+        check_option("temperature", temperature, lambda t: t > 0, "more than 0")
         logits = [m[...] for m in self.mixtures] + [self.reads[task][...] for task in self.tasks]
         keys = [None] * len(logits) if key is None else jax.random.split(key, len(logits))
         choices = [_choose(t, k, temperature, hard) for t, k in zip(logits, keys, strict=True)]
