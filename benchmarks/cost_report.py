@@ -108,6 +108,7 @@ def draw_aggregate_time(results: dict[str, Any]) -> Figure:
         f"{row['strategy']}, {row['num_tasks']} x {row['columns']:,} {row['kind']}" for row in rows
     ]
     axis.set_yticks(heights, names)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     axis.set_xlabel("ms a call; of a Jacobian with 2 K columns, TorchJD is given the Gramian")
     figure.legend(loc="outside upper center", ncols=2)
