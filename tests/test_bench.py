@@ -78,7 +78,8 @@ def test_compile_time_adds_its_stages(results):
 
 
 def test_report_draws_and_fills_the_page(results):
-    calls = {"strategy": "mgda", "num_tasks": 2, "columns": 4, "seconds": [1e-3], "ratio": None}
+    calls = {"strategy": "mgda", "num_tasks": 2, "columns": 4, "kind": "mixed"}
+    calls |= {"seconds": [1e-3], "ratio": None}
     aggregate_time = {"settings": {"columns": 4}, "rows": [{**calls, "gaps": [0.0]}]}
     committed = json.loads((timing.RESULTS / "scaling.json").read_text(encoding="utf-8"))
     results = {**results, "aggregate_time": aggregate_time, "scaling": committed}
