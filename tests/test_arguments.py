@@ -516,6 +516,15 @@ FORGOTTEN = "further argument of the loss function"
             TypeError,
             ["gramian_at=Param", "no module"],
         ),
+        (
+            lambda: mtl.value_and_jac(
+                task_losses,
+                wrt={"trunk": True, "frozen": False, "heads": True},
+                gramian_at={"trunk": False, "frozen": True, "heads": False},
+            )(PARAMS, X),
+            ValueError,
+            ["gramian_at= selects none", "trained", "wrt="],
+        ),
         (lambda: of_module(shared="features"), ValueError, ["shared='features' is not known"]),
         (lambda: of_module(gramian_at="b"), TypeError, ["gramian_at='b' holds no bool"]),
         (lambda: frozen_by(False), ValueError, ["wrt= selects no parameter"]),

@@ -340,6 +340,12 @@ def _layout(
     row_mode: RowMode,
 ) -> Layout:
     everywhere = (True,) * len(arguments.leaves)
+    measured = None if gramian_at is None else arguments.resolve(gramian_at, "gramian_at")
+    if measured is not None and not any(measured):
+        raise ValueError(
+            "gramian_at= selects none of the parameters that are trained: expected one that wrt= "
+            "does not freeze"
+        )
     if isinstance(shared, str):
         if shared != "auto":
             raise ValueError(
@@ -361,7 +367,7 @@ def _layout(
         num_tasks=linear_map.num_tasks,
         dtype=flatten_losses(losses).dtype,
         shared=is_shared,
-        measured=is_shared if gramian_at is None else arguments.resolve(gramian_at, "gramian_at"),
+        measured=is_shared if measured is None else measured,
         row_mode=row_mode,
         shown=(True,) * len(is_shared),
     )
