@@ -492,6 +492,12 @@ def test_famo_learns_nothing_of_a_task_that_the_observed_batch_had_not():
         chex.assert_trees_all_equal(after(garbage), expected)
     with pytest.raises(ValueError, match="expected a bool for each of the 3 losses"):
         observe_losses(state, losses[1], present=[True, False])
+    with pytest.raises(ValueError, match="in a tree like theirs"):
+        observe_losses(
+            state,
+            dict(zip("abc", losses[1], strict=True)),
+            present={"a": True, "b": True, "d": False},
+        )
 
 
 def test_observe_losses_says_what_is_wrong():
