@@ -52,10 +52,10 @@ def of_program(function: Callable[..., Any], *args: Any) -> str:
 class _Walk:
     """Everything that can be reached from a value, each once."""
 
-    def __init__(self):
+    def __init__(self, seen: Mapping[int, tuple[int, Any]] | None = None):
         self._found = hashlib.sha256(usedforsecurity=False)
         # By id; they are held, so that no other object gets the id of one that is gone.
-        self._seen: dict[int, tuple[int, Any]] = {}
+        self._seen: dict[int, tuple[int, Any]] = {**(seen or {})}
 
     def digest(self) -> str:
         return self._found.hexdigest()
@@ -168,8 +168,7 @@ class _Walk:
         """A hash of one of several that have no order."""
         if isinstance(value, PLAIN):
             return repr(value)
-        walk = _Walk()
-        walk._seen = {**self._seen}
+        walk = _Walk(self._seen)
         walk.value(value)
         return walk.digest()
 

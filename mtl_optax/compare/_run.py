@@ -171,18 +171,13 @@ class _Trainer:
 
     def _notes(self, name: str, program: train.Program, configs: train.Config) -> Notes:
         setup, settings = self._setup, self._setup.settings
-        data, plain, plain_seconds = setup.source.data, self._plain, []
+        data, plain = setup.source.data, self._plain
         state, seconds, over_time, looks = program.state, [], [], []
         per_look = settings.steps_per_checkpoint // setup.source.steps
-        last = settings.checkpoints * per_look - 1
+        plain_seconds = [self._plain_turn()]
         for i, items in enumerate(setup.source.items()):
-            # Always the same steps from its start: before the first chunk and after the last.
-            if i == 0:
-                plain_seconds.append(self._plain_turn())
             spent, state, record = _turn(program, state, configs, data, items)
             seconds.append(spent)
-            if i == last:
-                plain_seconds.append(self._plain_turn())
             over_time.append(record)
             if (i + 1) % per_look == 0:
                 looks.append(
@@ -192,6 +187,7 @@ class _Trainer:
                     )
                 )
                 self._report(f"training {name}", 1)
+        plain_seconds.append(self._plain_turn())
         steady = max(plain_seconds) <= STEADY * min(plain_seconds)
         models = configs.rate.shape[1] / self._plain_configs.rate.shape[1]
         ratio = np.median(seconds) / np.median(plain_seconds) / models
@@ -214,6 +210,7 @@ class _Trainer:
         }
 
     def _plain_turn(self) -> float:
+        """The seconds of the plain step's first chunk, always from its start."""
         source = self._setup.source
         first = self._plain.state, self._plain_configs, source.data, source.first
         return _turn(self._plain, *first)[0]

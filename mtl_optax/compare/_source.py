@@ -109,13 +109,13 @@ def _iterated(factory: Callable[[int], Any], settings: Settings) -> Source:
             epoch += 1
 
     first, again = _copied(next(forever(0))), next(forever(0))
+    kind = _Kind.of(first)  # of all seeds
     same = functools.partial(np.array_equal, equal_nan=True)
-    if _Kind.of(first) != _Kind.of(again) or not jax.tree.all(jax.tree.map(same, first, again)):
+    if _Kind.of(again) != kind or not jax.tree.all(jax.tree.map(same, first, again)):
         raise ValueError(
             "train(0) yields another first batch when it is called again, expected the same ones "
             "for the same integer: draw from a generator that is made of it"
         )
-    kind = _Kind.of(first)  # of all seeds
     size = settings.seeds * sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(first))
     between = settings.steps_per_checkpoint
     at_once = max(1, min(between, MAX_BYTES // max(size, 1)))
