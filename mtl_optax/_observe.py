@@ -26,8 +26,9 @@ def observe_losses(opt_state: Any, losses_after: Any, *, present: Any = None) ->
       The new `opt_state`.
 
     Raises:
-      TypeError: if no link of the chain learns from losses after its update.
-      ValueError: if the losses are not K, or `present` not as many bools.
+      TypeError: if no link of the chain learns from losses after its update, or `present` is not
+        of bools.
+      ValueError: if the losses are not K, or `present` does not fit them.
 
     Examples:
       >>> import jax.numpy as jnp, optax

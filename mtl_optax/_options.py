@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mtl_optax._numerics import is_integer, is_real
-from mtl_optax.jacobian import Jacobian
+from mtl_optax.jacobian import Jacobian, task_names
 
 
 def check_num_tasks(num_tasks: int) -> None:
@@ -91,7 +91,7 @@ def per_task(name: str, value: Any, jacobian: Jacobian, default: Any = None) -> 
         if len(given) == jacobian.num_tasks:
             pairs = zip(given, usual, strict=True)
             value = structure.unflatten([old if new is None else new for new, old in pairs])
-    leaves = per_task_leaves(name, value, jacobian)
+    leaves = per_task_leaves(name, value, jacobian.losses)
     return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]).astype(jacobian.dtype)
 
 
@@ -103,18 +103,18 @@ def check_preference(preference: Any) -> None:
         raise ValueError(f"preference={preference}, expected at least one task above 0")
 
 
-def per_task_leaves(name: str, value: Any, jacobian: Jacobian) -> list[Any]:
+def per_task_leaves(name: str, value: Any, losses: Any) -> list[Any]:
     """An option's leaves: one value for all tasks, or K in their order, or a tree like them."""
     leaves, structure = jax.tree.flatten(value)
-    size = lambda leaf: getattr(leaf, "size", 1)  # noqa: E731
+    names, size = task_names(losses), lambda leaf: getattr(leaf, "size", 1)
     if structure.num_leaves == structure.num_nodes == 1 and size(value) == 1:
-        return [value] * jacobian.num_tasks
+        return [value] * len(names)
     in_order = isinstance(value, list | tuple) or hasattr(value, "shape")
-    alike = in_order or structure == jax.tree.structure(jacobian.losses)
-    if not alike or sum(map(size, leaves)) != jacobian.num_tasks:
+    alike = in_order or structure == jax.tree.structure(losses)
+    if not alike or sum(map(size, leaves)) != len(names):
         raise ValueError(
-            f"{name}={value!r} does not fit the tasks {jacobian.names}: expected one value for "
-            f"all, or {jacobian.num_tasks} in that order, or a tree like the losses"
+            f"{name}={value!r} does not fit the tasks {names}: expected one value for all, or "
+            f"{len(names)} in that order, or a tree like the losses"
         )
     return leaves
 

@@ -10,8 +10,8 @@ import optax
 
 from mtl_optax import states
 from mtl_optax._numerics import divide, wide
-from mtl_optax._options import per_task
-from mtl_optax.jacobian import Jacobian, as_jacobian
+from mtl_optax._options import per_task_leaves
+from mtl_optax.jacobian import Jacobian, as_jacobian, task_names
 
 
 def link(
@@ -130,7 +130,7 @@ def receive(
         jacobian = as_jacobian(updates, losses, shared=shared)
     if num_tasks is not None and jacobian.num_tasks != num_tasks:
         raise ValueError(_wrong_number(jacobian, num_tasks))
-    return jacobian.here().restrict(present, lambda: present_tasks(present, jacobian))
+    return jacobian.here().restrict(present, lambda: present_tasks(present, jacobian.losses))
 
 
 def receive_all(
@@ -154,15 +154,16 @@ def presence(given: Jacobian | tuple[Jacobian, ...]) -> tuple[bool, jax.Array]:
     return all(jacobian.everyone for jacobian in jacobians), here
 
 
-def present_tasks(present: Any, jacobian: Jacobian) -> jax.Array:
-    """The extra argument `present=` as `(K,)` bool."""
+def present_tasks(present: Any, losses: Any) -> jax.Array:
+    """The extra argument `present=` as `(K,)` bool, where the tasks have these losses."""
     for leaf in jax.tree.leaves(present):
         if isinstance(leaf, str) or not jnp.issubdtype(jnp.result_type(leaf), jnp.bool_):
             raise TypeError(
-                f"present={present!r}, expected a bool for each of the tasks {jacobian.names}: "
+                f"present={present!r}, expected a bool for each of the tasks {task_names(losses)}: "
                 "False where the batch has nothing of that task"
             )
-    return per_task("present", present, jacobian).astype(bool)
+    leaves = per_task_leaves("present", present, losses)
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
 
 def _wrong_number(jacobian: Jacobian, num_tasks: int) -> str:

@@ -1,6 +1,5 @@
 """FAMO: decrease all losses at the same rate, at the cost of a plain step."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +10,8 @@ from mtl_optax._options import FINITE, check_num_tasks, check_option, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax._usable import positive_log, softmax_over, step_each
 from mtl_optax.balancers._base import summed
-from mtl_optax.jacobian import flatten_losses, task_names
-from mtl_optax.links import link
+from mtl_optax.jacobian import flatten_losses
+from mtl_optax.links import link, present_tasks
 from mtl_optax.states import PerTask
 
 
@@ -37,14 +36,7 @@ class FamoState(NamedTuple):
             )
         seen = jnp.ones(losses.shape, bool)
         if present is not None:
-            seen = jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(present)])
-            named = isinstance(present, Mapping) and isinstance(losses_after, Mapping)
-            others = named and task_names(present) != task_names(losses_after)
-            if seen.shape != losses.shape or seen.dtype != bool or others:
-                raise ValueError(
-                    f"present={present!r}, expected a bool for each of the {losses.size} losses, "
-                    "in a tree like theirs"
-                )
+            seen = present_tasks(present, losses_after)
         return self._replace(
             losses_after=jnp.where(seen, losses, self.losses_after),
             observed=jnp.where(seen, 1, self.observed),

@@ -107,7 +107,7 @@ def scale_by_uncertainty(
 
     def update_fn(jacobian, state, **extra_args):
         del extra_args
-        kinds = per_task_leaves("kind", kind, jacobian)
+        kinds = per_task_leaves("kind", kind, jacobian.losses)
         factors = jnp.array([0.5 if k == "regression" else 1.0 for k in kinds], jnp.float32)
         loss = jacobian.loss_vector().astype(jnp.float32)
         usable = (loss > 0) & jnp.isfinite(loss)

@@ -174,7 +174,7 @@ class Setup:
                     f"present(batch) has values of type {jnp.result_type(leaf)}, expected a bool "
                     "a task: compare them with 0"
                 )
-        return present_tasks(given, self._jacobian)
+        return present_tasks(given, self._jacobian.losses)
 
     def evaluate(self, params: Any, rest: Any) -> tuple[np.ndarray, np.ndarray]:
         """Validation and test metrics ``(S, C, M)`` of models with the axes ``(S, C)``."""
