@@ -128,6 +128,12 @@ def receive(
         )
     else:
         jacobian = as_jacobian(updates, losses, shared=shared)
+    if (size := sum(map(jnp.size, jax.tree.leaves(jacobian.losses)))) != jacobian.num_tasks:
+        raise ValueError(
+            f"a link got the Jacobians of {size // jacobian.num_tasks} models, stacked, expected "
+            "that of one: put its update inside the jax.vmap that makes them; only strategies of "
+            "mtl.fronts take a set, with nothing but optax behind them"
+        )
     if num_tasks is not None and jacobian.num_tasks != num_tasks:
         raise ValueError(_wrong_number(jacobian, num_tasks))
     return jacobian.here().restrict(present, lambda: present_tasks(present, jacobian.losses))
@@ -143,7 +149,14 @@ def receive_all(
     """What a link for several batches makes of its `updates`: one Jacobian a batch."""
     leaves = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, Jacobian))
     if leaves and all(isinstance(leaf, Jacobian) for leaf in leaves):
-        return tuple(receive(jacobian, None, num_tasks, None, present) for jacobian in leaves)
+        jacobians = [receive(jacobian, None, num_tasks, None, present) for jacobian in leaves]
+        for other in jacobians[1:]:
+            if other.names != jacobians[0].names:
+                raise ValueError(
+                    f"got the Jacobians of several batches with tasks {jacobians[0].names} and "
+                    f"{other.names}, expected the same tasks of each"
+                )
+        return tuple(jacobians)
     return (receive(updates, losses, num_tasks, shared, present),)
 
 

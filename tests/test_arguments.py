@@ -464,9 +464,12 @@ def test_masks_over_a_module_are_states_or_functions_of_its_state():
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_masks_of_a_module_may_be_filters(split):
+@pytest.mark.parametrize(
+    "there", [nnx.PathContains("lora_b"), lambda path, variable: "lora_b" in path]
+)
+def test_masks_of_a_module_may_be_filters(split, there):
     model = lora(nnx.Rngs(0))
-    at = {"gramian_at": nnx.PathContains("lora_b"), "shared": nnx.Not(nnx.PathContains("b"))}
+    at = {"gramian_at": there, "shared": nnx.Not(nnx.PathContains("b"))}
     if split:  # a State of parameters by the user's own hand
         graphdef, params = nnx.split(model)
         losses = lambda params: nnx.merge(graphdef, params)(X)  # noqa: E731
@@ -505,6 +508,16 @@ FORGOTTEN = "further argument of the loss function"
             ["argnums=2", "2 pos"],
         ),
         (lambda: mtl.value_and_jac(bilinear, argnums=-3)(*SIDES), ValueError, ["argnums=-3"]),
+        (
+            lambda: of_module(argnums=nnx.DiffState(0, nnx.LoRAParam)),
+            TypeError,
+            ["argnums=DiffState", "is said by wrt="],
+        ),
+        (
+            lambda: mtl.value_and_jac(task_losses, shared=lambda path, v: True)(PARAMS, X),
+            TypeError,
+            ["shared=<lambda>", "no module"],
+        ),
         (lambda: mtl.value_and_jac(bilinear, argnums=())(*SIDES), ValueError, ["argnums=()"]),
         (lambda: mtl.value_and_jac(bilinear, argnums=(1, -1))(*SIDES), ValueError, ["each once"]),
         (lambda: mtl.value_and_jac(bilinear)(left=1.0, right=1.0), ValueError, ["0 positional"]),

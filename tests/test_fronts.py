@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from numpy.testing import assert_allclose
 
@@ -141,6 +142,16 @@ def test_moo_svgd_draws_and_pushes_past_a_broken_model():
     assert_allclose(update[:4], moo_svgd_by_hand(x, h, 0.7), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bandwidth", [None, 1.0])
+def test_moo_svgd_keeps_models_whose_squared_distance_is_out_of_range(bandwidth):
+    far = 1e10 * rng.normal(size=(3, 3))  # losses of 1e20, the square of their gaps beyond float32
+    x = np.concatenate([far, [[0.1, 0.2, 0.3]]])
+    losses = np.stack([((x - 1) ** 2).sum(1), 3 * (np.array([1.0, 2.0, 0.5]) * x**2).sum(1)], 1)
+    h = bandwidth or np.median(np.square(losses[:, None] - losses[None]).sum(2)) / 4
+    update, _ = updated(moo_svgd(2, bandwidth=bandwidth), curved, jnp.asarray(x, jnp.float32))
+    assert_allclose(update, moo_svgd_by_hand(x, h, 1.0), rtol=1e-3, atol=1e-4)
+
+
 def test_sets_follow_the_unit_of_the_losses():
     x = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
 
@@ -193,6 +204,10 @@ def test_ordering_penalty_by_hand():
     expected = [np.log((np.exp(2 * 0.3) + np.exp(2 * 0.2)) / 2), 0.0]
     penalty = jax.jit(lambda p, x: mtl.fronts.ordering_penalty(p, x, temperature=2.0))
     assert_allclose(penalty(p, losses), expected, atol=1e-6)
+    named = [{"b": x[:, 1], "a": x[:, 0]} for x in (p, losses)]
+    assert_allclose(penalty(*named), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"preferences of \['a', 'c'\] and losses of \['a', 'b'\]"):
+        penalty({"a": p[:, 0], "c": p[:, 1]}, named[1])
 
 
 def test_ordering_penalty_holds_no_equals_against_each_other():
@@ -214,8 +229,12 @@ def test_the_preference_stands_behind_each_input():
     joined = mtl.fronts.with_preference(x, each)
     assert (joined.shape, joined.dtype) == ((2, 3, 6), jnp.bfloat16)
     assert_allclose(joined[..., 4:], each, rtol=1e-2)
-    counts = mtl.fronts.with_preference(jnp.array([3, 1]), jnp.array([0.25, 0.75]))
-    assert counts.tolist() == [3.0, 1.0, 0.25, 0.75]
+    for shares in (jnp.array([0.25, 0.75]), {"b": 0.75, "a": jnp.array(0.25)}):
+        counts = mtl.fronts.with_preference(jnp.array([3, 1]), shares)
+        assert counts.tolist() == [3.0, 1.0, 0.25, 0.75]
+    # One for each of two examples, not for each of their two tokens.
+    with pytest.raises(ValueError, match=r"shape \(2, 2, 1\) and the preference \(2, 3\)"):
+        mtl.fronts.with_preference(jnp.ones((2, 2, 1)), jnp.ones((2, 3)))
 
 
 def test_mistakes_say_what_to_do():
@@ -223,6 +242,21 @@ def test_mistakes_say_what_to_do():
     _, jac = mtl.value_and_jac(identity)(jnp.ones(2))
     with pytest.raises(ValueError, match=r"Jacobian of one model, expected those of n: jax\.vmap"):
         tx.update(jac, tx.init(jnp.ones((3, 2))))
+    models = jnp.ones((3, 2))
+    _, jacs = jax.vmap(mtl.value_and_jac(identity))(models)
+    beside = [
+        mtl.skip_nonfinite(tx),
+        mtl.multi_steps(tx, 2, 3),
+        optax.chain(mtl.drop_nonfinite_tasks(3), tx),
+        optax.chain(mtl.scale_by_uncertainty(3), tx),
+        optax.chain(mtl.normalize_tasks(), tx),
+        mtl.upgrad(3),
+    ]
+    for of_one in beside:
+        with pytest.raises(
+            ValueError, match="Jacobians of 3 models, stacked, expected that of one"
+        ):
+            of_one.update(jacs, of_one.init(models))
     with pytest.raises(ValueError, match="parameters of one model, expected those of n"):
         tx.init({"w": jnp.ones(2), "b": jnp.zeros([])})
     with pytest.raises(ValueError, match="num_tasks=2"):

@@ -90,6 +90,31 @@ def test_groups_under_vmap_and_with_links_around_and_inside(problem):
     assert rows["trunk"][1]["w"].size == 0
 
 
+@pytest.mark.parametrize("name", ["forum", "auto_lambda"])
+def test_groups_look_ahead_each_with_the_others_at_rest(name):
+    params = {"left": jnp.array([1.0, -2.0]), "right": jnp.array([0.5, 3.0])}
+
+    def task_losses(p, shift=0.0):
+        product = p["left"] * p["right"] + shift
+        return {"a": jnp.sum((product - 1) ** 2), "b": jnp.sum(product**2) + jnp.sum(p["left"])}
+
+    def alone(label):
+        """The strategy on one group: the other parameters are constants."""
+        bound = lambda shift: lambda own: task_losses({**params, label: own}, shift)  # noqa: E731
+        return updated(bound, params[label])
+
+    def updated(bound, params, wrap=lambda tx: tx):
+        tx = wrap(mtl.make(name, 2))
+        _, jac = mtl.value_and_jac(bound(0.0), shared=None)(params)
+        functions = {"losses_fn": bound(0.0), "validation_fn": bound(0.3)}
+        return tx.update(jac, tx.init(params), params, **functions)[0]
+
+    grouped = lambda tx: mtl.partition(dict.fromkeys(params, tx), {k: k for k in params})  # noqa: E731
+    got = updated(lambda shift: lambda p: task_losses(p, shift), params, grouped)
+    for label in params:
+        np.testing.assert_allclose(got[label], alone(label), rtol=1e-6)
+
+
 def test_groups_leave_out_absent_tasks(problem):
     params, x, y = problem
     tx = mtl.partition({"first": mtl.upgrad(3), "second": mtl.mgda(3)}, LABELS)

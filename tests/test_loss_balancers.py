@@ -490,7 +490,7 @@ def test_famo_learns_nothing_of_a_task_that_the_observed_batch_had_not():
     expected = tx.update(jnp.eye(3), mixed, losses=losses[2])[1]
     for garbage in (jnp.nan, 1e30, 0.0):
         chex.assert_trees_all_equal(after(garbage), expected)
-    with pytest.raises(ValueError, match="does not fit the tasks .*, or 3 in that order"):
+    with pytest.raises(ValueError, match=r"does not fit the tasks .*, or 3 in that order"):
         observe_losses(state, losses[1], present=[True, False])
     with pytest.raises(TypeError, match="expected a bool for each of the tasks"):
         observe_losses(state, losses[1], present=[1.0, 0.0, 1.0])

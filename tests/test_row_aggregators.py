@@ -635,6 +635,16 @@ def test_excess_mtl_keeps_what_an_absent_task_has_of_the_weights():
     np.testing.assert_allclose(back[2], before.weights[2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("factory", [modo, sdmgrad])
+def test_batches_are_of_the_same_tasks(factory):
+    def jacobian(names):
+        return mtl.value_and_jac(lambda w: {k: jnp.sum(w**2) for k in names})(jnp.ones(3))[1]
+
+    tx = factory(2)
+    with pytest.raises(ValueError, match=r"\('a', 'b'\) and \('b', 'c'\), expected the same tasks"):
+        tx.update((jacobian("ab"), jacobian("bc")), tx.init(jnp.ones(3)))
+
+
 @pytest.mark.parametrize("factory", [moco, modo, sdmgrad])
 def test_moved_weights_keep_what_an_absent_task_has_of_them(factory):
     tx = factory(3)

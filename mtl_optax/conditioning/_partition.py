@@ -11,6 +11,8 @@ from mtl_optax.conditioning._base import run
 from mtl_optax.links import conform, receive
 from mtl_optax.states import check_state
 
+OF_PARAMETERS = ("losses_fn", "validation_fn")  # extra arguments
+
 
 class PartitionState(NamedTuple):
     """State of `partition`."""
@@ -37,7 +39,8 @@ def partition(
 
     All groups share the K backward passes. To a strategy the parameters of the other groups are
     empty arrays: in no row, no Gramian and no state. What weighs the tasks for all parameters alike
-    stands before it in the chain.
+    stands before it in the chain. `losses_fn=` and `validation_fn=`, which `mtl.forum` and
+    `mtl.auto_lambda` take, are functions of all parameters: each strategy moves those of its group.
 
     Args:
       strategies: by label, each a strategy (Jacobian in, gradient out), with or without an
@@ -96,7 +99,9 @@ def partition(
         for label, chosen in by_label.items():
             own = None if params is None else _only(chosen, params)
             part, old = jacobian.part(chosen), state.inner_states[label]
-            result, states[label] = run(inner[label], part, old, own, extra_args)
+            of_all = {name: extra_args[name] for name in OF_PARAMETERS if name in extra_args}
+            of_own = {name: _within(chosen, params, fn) for name, fn in of_all.items()}
+            result, states[label] = run(inner[label], part, old, own, {**extra_args, **of_own})
             for i, leaf in enumerate(jax.tree.leaves(result)):
                 update[i] = leaf if chosen[i] else update[i]
         return conform(treedef.unflatten(update), params), PartitionState(states)
@@ -114,6 +119,20 @@ def _flat_labels(labels: Any, params: Any) -> list[Any]:
             f"their structure or a prefix of it. {error}"
         ) from None
     return jax.tree.leaves(full)
+
+
+def _within(chosen: list[bool], params: Any, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of the parameters as one of those of a group, the others as they are."""
+
+    def of_own(own: Any) -> Any:
+        pairs = zip(chosen, jax.tree.leaves(own), jax.tree.leaves(params), strict=True)
+        return fn(
+            jax.tree.unflatten(
+                jax.tree.structure(params), [new if c else old for c, new, old in pairs]
+            )
+        )
+
+    return of_own
 
 
 def _only(chosen: list[bool], params: Any) -> Any:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_optax._min_norm import min_norm_weights
-from mtl_optax._numerics import divide
+from mtl_optax._numerics import divide, power_of_two
 from mtl_optax._options import check_option
 from mtl_optax.fronts._set import set_link
 from mtl_optax.jacobian._rows import mix
@@ -101,12 +101,16 @@ def moo_svgd(
             finite &= jnp.all(jnp.isfinite(descent), axis=tuple(range(1, descent.ndim)))
         seen = finite[:, None] & finite[None]
         apart = jnp.where(seen[..., None], losses[:, None] - losses[None], 0)
-        squares = jnp.where(seen, jnp.sum(apart**2, axis=2), jnp.nan)
         count = jnp.maximum(jnp.sum(finite), 1)
-        h = jnp.nanmedian(squares) / count if bandwidth is None else bandwidth
-        h = jnp.asarray(h, squares.dtype)
-        kernel = jnp.where(seen, jnp.exp(-divide(squares, h)), 0)
-        slopes = -2 * jnp.sum(kernel[..., None] * divide(apart, jnp.sqrt(h)), axis=1)
+        if bandwidth is None:  # the square of a loss may be out of range
+            unit = power_of_two(jnp.max(jnp.abs(apart)))
+            squares = jnp.where(seen, jnp.sum((apart / unit) ** 2, axis=2), jnp.nan)
+            root = unit * jnp.sqrt(jnp.nanmedian(squares) / count)
+        else:
+            root = jnp.sqrt(jnp.asarray(bandwidth, losses.dtype))
+        apart = divide(apart, root)
+        kernel = jnp.where(seen, jnp.exp(-jnp.sum(apart**2, axis=2)), 0)
+        slopes = -2 * jnp.sum(kernel[..., None] * apart, axis=1)
         pushes = jax.vmap(lambda jac, w: jac.pullback(w))(jacobians, repulsion * slopes)
 
         def mixed(descent, push):
@@ -116,7 +120,7 @@ def moo_svgd(
             return ((drawn + push) / count).astype(descent.dtype)
 
         return jax.tree.map(mixed, descents, pushes), MooSvgdState(
-            weights.astype(jnp.float32), h.astype(jnp.float32)
+            weights.astype(jnp.float32), (root**2).astype(jnp.float32)
         )
 
     return set_link(num_tasks, init_fn, update_fn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def with_preference(
-    x: Float[ArrayLike, "*batch D"], preference: Float[ArrayLike, " K"]
+    x: Float[ArrayLike, "*batch D"],
+    preference: Float[ArrayLike, "*each K"] | Mapping[str, ArrayLike],
 ) -> Float[Array, "*batch D+K"]:
     """An input with the preference behind it: any model that reads it learns all trade-offs.
 
@@ -26,7 +28,8 @@ def with_preference(
 
     Args:
       x: inputs, ``(..., D)``.
-      preference: one for all of them, ``(K,)``, or one each, ``(..., K)``.
+      preference: one for all of them, ``(K,)``, or one each, ``(..., K)``; or a dict like the
+        losses of their K columns.
 
     Returns:
       ``(..., D + K)``, in the type of the inputs, if that is floating.
@@ -45,20 +48,19 @@ def with_preference(
       Ruchte and Grabocka, `Scalable Pareto Front Approximation for Deep Multi-Objective Learning
       <https://arxiv.org/abs/2103.13392>`_, 2021 (COSMOS).
     """
-    x, preference = jnp.asarray(x), jnp.asarray(preference)
+    x, preference = jnp.asarray(x), _columns(preference)
     x = x.astype(jnp.result_type(float, x))  # shares are no integers
-    try:
-        shape = (*x.shape[:-1], preference.shape[-1])
-        behind = jnp.broadcast_to(preference.astype(x.dtype), shape)
-        return jnp.concatenate([x, behind], axis=-1)
-    except (IndexError, ValueError):
+    each = preference.shape[:-1]
+    if min(x.ndim, preference.ndim) < 1 or (each and each != x.shape[:-1]):
         raise ValueError(
             f"the inputs have shape {x.shape} and the preference {preference.shape}, expected "
             "(..., D), and (K,) for all of them or (..., K), one each"
-        ) from None
+        )
+    behind = jnp.broadcast_to(preference.astype(x.dtype), (*x.shape[:-1], preference.shape[-1]))
+    return jnp.concatenate([x, behind], axis=-1)
 
 
-def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
+def interpolate(members: Any, preference: Float[ArrayLike, " K"] | Mapping[str, ArrayLike]) -> Any:
     r"""The parameters of one model from those of K, as a preference mixes them (PaMaL).
 
     .. math:: \theta(p) = \sum_k p_k \theta_k
@@ -70,7 +72,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
     Args:
       members: parameters, stacked: leaves ``(K, *param.shape)``, as ``jax.vmap(init_model)(keys)``
         makes them. Leaves of integers, bools or random keys are those of the first.
-      preference: p, ``(K,)``, summing to 1.
+      preference: p, ``(K,)``, summing to 1, or a dict like the losses.
 
     Returns:
       Parameters of one model.
@@ -89,7 +91,7 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
       Dimitriadis, Frossard and Fleuret, `Pareto Manifold Learning: Tackling multiple tasks via
       ensembles of single-task models <https://arxiv.org/abs/2210.09759>`_, ICML 2023.
     """
-    preference = jnp.asarray(preference)
+    preference = _columns(preference)
     if preference.ndim != 1:
         raise ValueError(f"the preference has shape {preference.shape}, expected (K,)")
 
@@ -107,8 +109,8 @@ def interpolate(members: Any, preference: Float[ArrayLike, " K"]) -> Any:
 
 
 def ordering_penalty(
-    preferences: Float[ArrayLike, "M K"],
-    losses: Float[ArrayLike, "M K"],
+    preferences: Float[ArrayLike, "M K"] | Mapping[str, ArrayLike],
+    losses: Float[ArrayLike, "M K"] | Mapping[str, ArrayLike],
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, " K"]:
@@ -123,15 +125,15 @@ def ordering_penalty(
     coefficient.
 
     Args:
-      preferences: ``(M, K)``, M >= 2.
-      losses: of the M models, ``(M, K)``.
+      preferences: ``(M, K)``, M >= 2, or a dict of its columns.
+      losses: of the M models, likewise, as ``jax.vmap(loss_fn)`` returns them.
       temperature: τ, in one over the unit of the losses, >= 0.
 
     Returns:
-      ``(K,)``, at least 0.
+      ``(K,)``, at least 0, in the order in which JAX flattens the losses.
 
     Raises:
-      ValueError: if the shapes don't fit, M < 2, or `temperature` is not at least 0.
+      ValueError: if the shapes or the names don't fit, M < 2, or `temperature` is not at least 0.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -149,7 +151,13 @@ def ordering_penalty(
       As of `interpolate`.
     """
     check_option("temperature", temperature, lambda t: t >= 0, "at least 0")
-    preferences, losses = jnp.asarray(preferences), jnp.asarray(losses)
+    if isinstance(preferences, Mapping) and isinstance(losses, Mapping):
+        names = sorted(preferences), sorted(losses)
+        if names[0] != names[1]:
+            raise ValueError(
+                f"preferences of {names[0]} and losses of {names[1]}, expected the same tasks"
+            )
+    preferences, losses = _columns(preferences), _columns(losses)
     if losses.ndim != 2 or preferences.shape != losses.shape or len(losses) < 2:
         raise ValueError(
             f"preferences have shape {preferences.shape} and losses {losses.shape}, expected "
@@ -165,3 +173,10 @@ def ordering_penalty(
     powers = jnp.where(pairs, temperature * rises, -jnp.inf)
     mean = jax.nn.logsumexp(powers, axis=(0, 1)) - jnp.log(jnp.sum(pairs, axis=(0, 1)))
     return jnp.maximum(mean, 0)
+
+
+def _columns(value: Any) -> jax.Array:
+    """What has the tasks along its last axis, given as it is or as a dict of its columns."""
+    if isinstance(value, Mapping):
+        return jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(value)], axis=-1)
+    return jnp.asarray(value)

@@ -1,6 +1,8 @@
 """Which arguments of a loss function are its parameters, and which of those are trained."""
 
 import dataclasses
+import inspect
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,7 +125,13 @@ def split_aux(result: Any, has_aux: bool) -> tuple[Any, list[Any]]:
 
 
 def _positions(num_args: int, argnums: int | Sequence[int]) -> list[int]:
-    positions = [argnums] if isinstance(argnums, int) else list(argnums)
+    try:
+        positions = [argnums] if isinstance(argnums, int) else [*map(operator.index, argnums)]
+    except TypeError:
+        raise TypeError(
+            f"argnums={argnums!r}, expected the position of the parameters among the arguments, "
+            "or several; which variables of an nnx module are trained is said by wrt="
+        ) from None
     fits = all(-num_args <= i < num_args for i in positions)
     if not fits or not 0 < len(positions) == len({i % num_args for i in positions}):
         raise ValueError(
@@ -144,7 +152,9 @@ def _variable_filter(wrt: Any) -> Callable[..., bool]:
 
 
 def _is_filter(mask: Any) -> bool:
-    """Whether it can only be a filter of variables; a function is one of the parameters."""
+    """Whether it is a filter of variables: a function of one argument is one of the parameters."""
+    if inspect.isfunction(mask):
+        return len(inspect.signature(mask).parameters) == 2  # path and variable
     return any(
         isinstance(leaf, type) or type(leaf).__module__ == nnx.filterlib.__name__
         for leaf in jax.tree.leaves(mask)

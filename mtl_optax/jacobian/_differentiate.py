@@ -64,7 +64,7 @@ def value_and_jac(
         head follows its own loss. `"auto"` reads it off the program: a leaf is shared when two or
         more losses depend on it. Or a tree of bools like the parameters (a prefix will do), a
         function from the parameters to one, a filter of the variables of an nnx module, such as
-        `nnx.PathContains("trunk")`, or None for all.
+        `nnx.PathContains("trunk")` or a function of path and variable, or None for all.
       gramian_at: where the Gramian is measured, in the same forms, such as the last shared layer
         for GradNorm. None measures it over all shared parameters.
       rows: how the K rows are computed. Every head is differentiated alone, whatever the mode.
