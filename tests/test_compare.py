@@ -1263,7 +1263,7 @@ def test_bad_problems_say_what_to_change():
         run.compared(PROBLEM, ["dwe"], SETTINGS)
     with pytest.raises(ValueError, match="dtp needs kpis"):
         run.compared(PROBLEM, ["dtp"], SETTINGS)
-    chosen, skipped = run._chosen(PROBLEM, "all")
+    chosen, skipped = run._chosen(setups.Setup(PROBLEM, SETTINGS), ["all"])
     assert set(chosen) | set(skipped) | {"sum"} == set(mtl.STRATEGIES)
     assert skipped == {"dtp": "needs kpis", "weights": "needs weights of yours, in options"}
 
@@ -1468,8 +1468,40 @@ def test_examples_that_are_tasks_are_not_halved():
         least_squares(fits, higher_is_better=False), loss_fn=loss, batch_size=4,
         jac={"in_axes": (None, 0)},
     )  # fmt: skip
-    with pytest.raises(ValueError, match="modo halves a batch, whose examples in_axes takes"):
+    with pytest.raises(ValueError, match="modo halves a batch, and its examples are the tasks"):
         mtl.compare.run(problem, ["modo"], live=False)
+
+
+def test_batches_without_halves_are_not_halved():
+    with pytest.raises(ValueError, match="modo halves a batch, and it has an array of one example"):
+        mtl.compare.run(least_squares(fits, batch_size=1), ["modo"], live=False)
+    x, class_weights = np.ones((8, 3), "f"), np.ones(3, "f")
+    problem = dataclasses.replace(
+        least_squares(fits, higher_is_better=False),
+        train=lambda seed: [(x, class_weights)],
+        loss_fn=lambda w, batch: fits(w, batch[0]),
+    )
+    with pytest.raises(ValueError, match=r"forum halves a batch, and .* first axes of \[3, 8\]"):
+        mtl.compare.run(problem, ["forum"], live=False)
+    points = dataclasses.replace(problem, train=Draw(lambda key: (x, class_weights)), steps=2)
+    assert sources.why_not_halved(points, setups.Setup(points, SETTINGS).source) == ""
+
+
+def test_batches_of_another_kind_are_said(monkeypatch):
+    monkeypatch.setattr(run._Trainer, "notes", pytest.fail)
+
+    def problem(train):
+        return dataclasses.replace(least_squares(fits, higher_is_better=False), train=train)
+
+    x = np.ones((8, 3), "f")
+    with pytest.raises(ValueError, match="train is a generator, which yields its batches once"):
+        mtl.compare.run(problem(x for _ in range(3)), ["uwso"], live=False)
+    with pytest.raises(ValueError, match=r"train can't be called as train\(0\): too many"):
+        mtl.compare.run(problem(lambda: [x]), ["uwso"], live=False)
+    with pytest.raises(TypeError) as error:
+        mtl.compare.run(problem([x, x]), ["uwso"], live=False)
+    said = "loss_fn was called with a batch of Problem.train: [(8, 3), (8, 3)]"
+    assert said in error.value.__notes__
 
 
 def test_metrics_in_python_have_the_same_names_on_every_split():

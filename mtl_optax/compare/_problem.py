@@ -214,6 +214,19 @@ def check_arrays(what: str, tree: Any) -> None:
             )
 
 
+def check_takes_integer(train: Callable[..., Any]) -> None:
+    """Refuses a function of batches that can't be called with a seed."""
+    try:
+        inspect.signature(train).bind(0)
+    except TypeError as error:
+        raise ValueError(
+            f"train can't be called as train(0): {error}, expected a function from an integer, "
+            "such as a seed, to batches"
+        ) from None
+    except ValueError:
+        pass  # has no signature
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Refuses what is no function of a rate and a number of steps, as `optax.adam` itself."""
     fits = callable(optimizer)

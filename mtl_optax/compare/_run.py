@@ -25,6 +25,7 @@ from mtl_optax.compare import _selection as selection, _store as store, _train a
 from mtl_optax.compare._problem import Problem, Settings, shortened
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, Notes
 from mtl_optax.compare._setup import Setup
+from mtl_optax.compare._source import why_not_halved
 
 NUM_WINDOWS = 60  # losses and weights are kept as means over this many windows of steps
 STEADY = 1.05  # two runs of the plain step that differ by more say nothing about time
@@ -58,9 +59,10 @@ def compared(
     Returns:
       A dict of numbers, strings, lists and dicts, ready for JSON.
     """
-    names, skipped = _chosen(problem, strategies)
+    strategies = _known(strategies)
     with store.locked(folder) if folder else contextlib.nullcontext():
         setup = Setup(problem, settings)
+        names, skipped = _chosen(setup, strategies)
         jobs = [EQUAL_WEIGHTS, train.STATIC, *names]
         common = {} if folder is None else {**setup.facts(), "versions": _packages()}
         trainer = _Trainer(setup, on_progress, jobs)
@@ -94,21 +96,9 @@ def compared(
     }
 
 
-def _chosen(problem: Problem, strategies: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The names without equal weights, and of "all" those that can't be run, with the reason."""
-    skipped: dict[str, str] = {}
-    given = {"validation_fn", "losses_fn"} | ({"kpis"} if problem.kpis is not None else set())
-    for name in mtl.STRATEGIES:
-        for argument in sorted({*mtl.STRATEGIES[name].extra_args} - given):
-            skipped[name] = f"needs {argument}"
-    if problem.jac.get("in_axes") is not None:
-        for name, row in mtl.STRATEGIES.items():
-            if row.needs in ("batches", "validation"):
-                skipped[name] = "halves a batch, whose examples in_axes takes for tasks"
-    if "weights" not in problem.options:
-        skipped["weights"] = "needs weights of yours, in options"
-    everything = [name for name in mtl.STRATEGIES if name not in skipped]
-    strategies = [strategies] if isinstance(strategies, str) else strategies
+def _known(strategies: Sequence[str]) -> list[str]:
+    """The names that are given, each of the catalog or "all"."""
+    strategies = [strategies] if isinstance(strategies, str) else [*strategies]
     for name in strategies:
         if not isinstance(name, str):
             raise ValueError(
@@ -117,11 +107,28 @@ def _chosen(problem: Problem, strategies: Sequence[str]) -> tuple[list[str], dic
             )
         if name not in ("all", *mtl.STRATEGIES):
             mtl.make(name, 1)  # raises, and says which names are near
+    return strategies
+
+
+def _chosen(setup: Setup, strategies: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The names without equal weights, and of "all" those that can't be run, with the reason."""
+    problem, skipped = setup.problem, {}
+    given = {"validation_fn", "losses_fn"} | ({"kpis"} if problem.kpis is not None else set())
+    for name in mtl.STRATEGIES:
+        for argument in sorted({*mtl.STRATEGIES[name].extra_args} - given):
+            skipped[name] = f"needs {argument}"
+    if why := why_not_halved(problem, setup.source):
+        for name, row in mtl.STRATEGIES.items():
+            if row.needs in ("batches", "validation"):
+                skipped[name] = f"halves a batch, and {why}"
+    if "weights" not in problem.options:
+        skipped["weights"] = "needs weights of yours, in options"
+    everything = [name for name in mtl.STRATEGIES if name not in skipped]
     if "all" in strategies:
         return [name for name in everything if name != EQUAL_WEIGHTS], skipped
     for name in strategies:
         if name in skipped:
-            raise ValueError(f"{name} {skipped[name]}: give the Problem some, or leave it out")
+            raise ValueError(f"{name} {skipped[name]}: leave it out, or change the Problem")
     return [name for name in dict.fromkeys(strategies) if name != EQUAL_WEIGHTS], {}
 
 

@@ -72,8 +72,13 @@ class Setup:
             )
         self.params, self.rest = _of_seeds(models)
         one = self.one_seed(0)
-        self._check_rest(*one)
-        shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
+        try:
+            self._check_rest(*one)
+            shapes = jax.eval_shape(lambda: self.linearize(*one, self.source.probe)[2])
+        except Exception as error:
+            arrays = jax.tree.map(jnp.shape, self.source.probe)
+            error.add_note(f"loss_fn was called with a batch of Problem.train: {arrays}")
+            raise
         self._jacobian, self.names = shapes, shapes.names
         self.pairs = list(itertools.combinations(range(len(self.names)), 2))
         check_names("task", self.names)

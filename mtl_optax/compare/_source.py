@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_optax.compare._problem import Draw, Problem, Settings, batch_order, check_arrays
+from mtl_optax.compare._problem import (
+    Draw,
+    Problem,
+    Settings,
+    batch_order,
+    check_arrays,
+    check_takes_integer,
+)
 
 NUM_PROBED = 256  # training examples on which gradients are looked at
 MAX_SHAPES = 3  # in a message
@@ -41,7 +48,13 @@ def source_of(problem: Problem, settings: Settings) -> Source:
     train = problem.train
     if isinstance(train, Draw):
         return _drawn(train, settings)
+    if isinstance(train, Iterator):
+        raise ValueError(
+            f"train is a {type(train).__name__}, which yields its batches once: expected a "
+            "function from an integer to one"
+        )
     if callable(train):
+        check_takes_integer(train)
         return _iterated(train, settings)
     check_arrays("train", train)
     sizes = {len(leaf) if np.ndim(leaf) else 0 for leaf in jax.tree.leaves(train)}
@@ -188,9 +201,24 @@ def halves(batch: Any) -> list[Any]:
     """A batch as two, for strategies that need several: of each array every other example."""
 
     def half(array: Any, i: int) -> Any:
-        return array[i::2] if jnp.ndim(array) and jnp.shape(array)[0] > 1 else array
+        return array[i::2] if jnp.ndim(array) else array
 
     return [jax.tree.map(lambda array, i=i: half(array, i), batch) for i in range(2)]
+
+
+def why_not_halved(problem: Problem, source: Source) -> str:
+    """Why the halves of a batch are no batches, "" if they are."""
+    if problem.jac.get("in_axes") is not None:
+        return "its examples are the tasks of in_axes"
+    item = jax.tree.map(lambda array: array[0, 0], source.first)
+    arrays = jax.tree.leaves(jax.eval_shape(source.batch, source.data, item))
+    sizes = {array.shape[0] for array in arrays if array.ndim}
+    if min(sizes, default=1) < 2:
+        return "it has an array of one example, or none"
+    # A draw may have points of several kinds, and each kind is halved.
+    if len(sizes) > 1 and not isinstance(problem.train, Draw):
+        return f"its arrays have first axes of {sorted(sizes)}, so that not all are examples"
+    return ""
 
 
 def num_examples(split: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Losses: any pytree of scalars, or of arrays of which each element is a task."""
 
+import math
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def _paths(losses: Any, style: dict[str, Any]) -> tuple[str, ...]:
             names.append(name or "0")
         else:
             prefix = f"{name}/" if name else ""
-            names.extend(f"{prefix}{i}" for i in range(jnp.size(leaf)))
+            names.extend(f"{prefix}{i}" for i in range(math.prod(jnp.shape(leaf))))
     return tuple(names)
 
 
