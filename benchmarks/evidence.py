@@ -47,6 +47,19 @@ RUNS = {
         "--steps 10000 --candidates 2",
         picture=("gains", "Gains over equal weights on the Helmholtz equation"),
     ),
+    "helmholtz_fixed": Run(
+        "benchmarks.published:helmholtz_fixed",
+        (
+            "lr_annealing", "lr_annealing_every_10", "conflict_free", "conflict_free_every_10",
+            "grad_norm_weights", "uncertainty",
+        ),
+        "--candidates 1",
+    ),
+    "helmholtz_attention": Run(
+        "benchmarks.published:helmholtz_attention",
+        ("lr_annealing", "conflict_free", "grad_norm_weights", "uncertainty"),
+        "--candidates 1",
+    ),
     "helmholtz": Run(
         "benchmarks.data:helmholtz",
         (*CORE, "lr_annealing", "grad_norm_weights", "conflict_free", "relobralo"),

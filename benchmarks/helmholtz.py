@@ -92,15 +92,24 @@ def draw(key: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def task_losses(params: Any, points: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The mean squared residual, and the sum over the sides of the mean squared error there."""
+def residuals(params: Any, points: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What is left of the equation inside and of the values on the border, one a point."""
     u = lambda point: field(params, point)  # noqa: E731
-    residual = jax.vmap(lambda point: helmholtz_residual(u, point))(points["pde"])
-    error = jax.vmap(u)(points["bc"]) - solution(points["bc"])
+    inside = jax.vmap(lambda point: helmholtz_residual(u, point))(points["pde"])
     return {
-        "bc": jnp.sum(error**2) / BATCH,
-        "pde": jnp.mean((residual - SOURCE * solution(points["pde"])) ** 2),
+        "bc": jax.vmap(u)(points["bc"]) - solution(points["bc"]),
+        "pde": inside - SOURCE * solution(points["pde"]),
     }
+
+
+def losses_of(squares: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The mean of the squared residuals, and the sum over the four sides of the mean there."""
+    return {"bc": 4 * jnp.mean(squares["bc"]), "pde": jnp.mean(squares["pde"])}
+
+
+def task_losses(params: Any, points: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The losses of the border and of the equation."""
+    return losses_of({term: r**2 for term, r in residuals(params, points).items()})
 
 
 def relative_error(params: Any) -> jax.Array:

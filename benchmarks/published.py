@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import mtl_optax as mtl
 from benchmarks import helmholtz as pinn
 from benchmarks.data import digits, kinds
 from benchmarks.data.base import Split, columns, shuffled, standardized
@@ -60,6 +61,71 @@ def helmholtz() -> Problem:
         title="Helmholtz equation, waves 1 and 4, new points at each step",
         source="set-up of Wang, Teng and Perdikaris (2020), model M1",
     )
+
+
+def helmholtz_fixed() -> Problem:
+    """The same network on 1,024 points inside and as many on the border, which stay.
+
+    Beside the catalog there are strategies that refresh their weights every tenth step.
+    """
+    for name in ("lr_annealing", "conflict_free"):
+        _refreshed_every(10, name)
+    draws = jax.vmap(pinn.draw)(jax.random.split(jax.random.key(0), 8))
+    points = {"bc": draws["bc"][:2], "pde": draws["pde"]}
+    train = {term: np.asarray(array).reshape(-1, 2) for term, array in points.items()}
+    return dataclasses.replace(
+        helmholtz(),
+        train=train,
+        batch_size=pinn.BATCH,
+        steps=5000,
+        options={f"lr_annealing{rest}": {"reference": "pde"} for rest in ("", "_every_10")},
+        title="Helmholtz equation, waves 1 and 4, fixed points",
+    )
+
+
+def helmholtz_attention() -> Problem:
+    """Those points, each weighted by its residual-based attention.
+
+    References:
+      Anagnostopoulos et al., `Residual-based attention in physics-informed neural networks
+      <https://arxiv.org/abs/2307.00379>`_, 2023; its decay and learning rate.
+    """
+    fixed = helmholtz_fixed()
+    count, rule = len(fixed.train["pde"]), mtl.losses.rba(decay=0.999, learning_rate=0.01)
+
+    def init(key: jax.Array) -> tuple[Any, Any]:
+        return fixed.init(key), rule.init(dict.fromkeys(fixed.train, jnp.zeros(count)))
+
+    def losses(params: Any, state: Any, batch: Any) -> tuple[dict[str, jax.Array], Any]:
+        places, residuals = batch["place"], pinn.residuals(params, batch)
+        weights, new = rule.update(residuals, jax.tree.map(lambda m: m[places], state))
+        state = jax.tree.map(lambda m, some: m.at[places].set(some), state, new)
+        return pinn.losses_of({term: weights[term] * r**2 for term, r in residuals.items()}), state
+
+    return dataclasses.replace(
+        fixed,
+        init=init,
+        loss_fn=losses,
+        train={**fixed.train, "place": np.arange(count)},
+        metrics=lambda params, state, split: fixed.metrics(params, split),
+        stateful=True,
+        title="Helmholtz equation, waves 1 and 4, fixed points with residual-based attention",
+    )
+
+
+def _refreshed_every(n: int, name: str) -> None:
+    """A row of the catalog: the strategy whose weights rest between two refreshes."""
+    row, rested = mtl.STRATEGIES[name], f"{name}_every_{n}"
+    if rested not in mtl.STRATEGIES:
+        mtl.register(
+            row._replace(
+                name=rested,
+                summary=f"{row.summary}; refreshed every {n} steps",
+                factory=lambda num_tasks, **options: mtl.every(
+                    n, row.factory(num_tasks, **options)
+                ),
+            )
+        )
 
 
 def census() -> Problem:

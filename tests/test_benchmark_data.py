@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mtl_optax as mtl
 from benchmarks import published
 from benchmarks.data import DATASETS, base, digits, kinds, pinn
 from benchmarks.data.movielens import esmm
@@ -330,6 +331,51 @@ def test_the_published_helmholtz_problem_is_solved_by_its_solution():
     source = 1 - np.pi**2 * 17
     wanted = np.mean((source * published.pinn.solution(inside)) ** 2)
     assert float(problem.loss_fn(params, batch)["pde"]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.fixture(name="rested")
+def _rested():
+    """Takes what a problem adds to the catalog out of it."""
+    before = {*mtl.STRATEGIES}
+    yield
+    for name in {*mtl.STRATEGIES} - before:
+        del mtl.STRATEGIES[name]
+
+
+def test_fixed_points_get_the_attention_of_their_residuals(rested):
+    problem = published.helmholtz_attention()
+    params, state = problem.init(jax.random.key(0))
+    places = np.array([5, 1000, 7])
+    batch = jax.tree.map(lambda array: array[places], problem.train)
+    losses, state = problem.loss_fn(params, state, batch)
+    found = {t: np.asarray(r) for t, r in published.pinn.residuals(params, batch).items()}
+    for term, sides in (("bc", 4), ("pde", 1)):
+        size = np.abs(found[term])
+        multipliers = 0.01 * size / size.max()
+        expected = sides * np.mean((multipliers * found[term]) ** 2)
+        assert float(losses[term]) == pytest.approx(expected, rel=1e-5)
+        np.testing.assert_allclose(state.multipliers[term][places], multipliers, rtol=1e-5)
+        assert np.count_nonzero(state.multipliers[term]) == 3
+    _, again = problem.loss_fn(params, state, batch)
+    grown = np.asarray(state.multipliers["pde"])[places] * 1.999
+    np.testing.assert_allclose(again.multipliers["pde"][places], grown, rtol=1e-5)
+    on_a_side = np.abs(np.abs(problem.train["bc"]).max(axis=1) - 1)
+    assert on_a_side.max() < 1e-6
+    assert len(problem.train["pde"]) == len(problem.train["bc"]) == 1024
+
+
+def test_strategies_that_rest_are_in_the_catalog(rested):
+    problem = published.helmholtz_fixed()
+    params = problem.init(jax.random.key(0))
+    tx = mtl.make("conflict_free_every_10", 2)
+    state, weights = tx.init(params), []
+    for step in range(11):
+        points = jax.tree.map(lambda array, i=step: array[16 * i : 16 * i + 16], problem.train)
+        _, jac = mtl.value_and_jac(problem.loss_fn)(params, points)
+        _, state = tx.update(jac, state, params)
+        weights.append(np.asarray(mtl.summarize(state, ["bc", "pde"])["held_weights/bc"]))
+    assert len(set(map(float, weights[:10]))) == 1
+    assert weights[10] != weights[9]
 
 
 def test_environments_reward_only_the_best_policy_in_full():

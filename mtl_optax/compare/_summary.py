@@ -294,8 +294,8 @@ def notes(results: dict[str, Any]) -> list[str]:
         )
     elif all(is_near_zero(*of) for of in _baseline(results)):
         said.append(
-            "The baseline's metrics are all near zero, so that a relative change of them, and Δm, "
-            "says little: look at the metrics themselves."
+            "None of the baseline's metrics is clearly away from zero, so that a relative change "
+            "of them, and Δm, says little: look at the metrics themselves."
         )
     if not results["single_task"]:
         said.append(
