@@ -14,6 +14,7 @@ import importlib.util
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,10 +93,18 @@ def main(argv: list[str] | None = None) -> None:
         console.print("stopped: start the same command again, and it goes on from here")
         raise SystemExit(INTERRUPTED) from None
     except (ValueError, ModuleNotFoundError, BlockingIOError) as error:
+        if isinstance(error, ValueError) and not _is_ours(error):
+            raise  # of the user's code: where it is, is what matters
         raise SystemExit(f"error: {error}") from error
     except OSError as error:
         kept = "" if options.from_ else ". What is finished is kept: start the same command again"
         raise SystemExit(f"error: {error}{kept}") from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether it was raised by this library, with words that are enough."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] == "mtl_optax"
 
 
 def _run(options: Options, argv: list[str], console: Console) -> None:

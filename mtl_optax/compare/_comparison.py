@@ -238,7 +238,8 @@ def diagnose(problem: Problem, *, seeds: int = 2, **settings: Any) -> Diagnosis:
     cosines, norms = (
         np.stack([np.asarray(look[i])[:, 0] for look in looks], axis=1) for i in range(2)
     )
-    return diagnosis.of(setup.names, np.concatenate(losses, axis=1), norms, cosines)
+    seen = np.concatenate(losses, axis=1), norms, cosines
+    return diagnosis.of(setup.names, *seen, labels_missing=problem.present is not None)
 
 
 def settings_of(problem: Problem, seeds: int, **given: Any) -> Settings:

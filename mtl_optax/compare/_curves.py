@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from mtl_optax.compare import _summary as summary
 from mtl_optax.compare._selection import EQUAL_WEIGHTS, TUNED
+from mtl_optax.compare._statistics import of_finite
 from mtl_optax.compare._style import look, subplots
 from mtl_optax.plots import plain
 
@@ -91,7 +92,7 @@ def _has_zero(recorded: dict[str, Any]) -> bool:
 
 
 def _mean(curve: Any) -> np.ndarray:
-    return np.array(curve, float).mean(axis=0)
+    return of_finite(np.nanmean, np.array(curve, float))
 
 
 def _those_with(results: dict[str, Any], what: str) -> list[str]:
@@ -128,11 +129,9 @@ def _panels(
 def _lines(axis: Any, steps: list[float], curves: dict[str, np.ndarray]) -> None:
     for i, (name, curve) in enumerate(curves.items()):
         style = look(i)
-        band = np.nan_to_num(curve)
-        axis.fill_between(
-            steps, band.min(axis=0), band.max(axis=0), color=style["color"], alpha=0.15, lw=0
-        )
-        axis.plot(steps, band.mean(axis=0), label=plain(name), **style)
+        low, middle, high = (of_finite(s, curve) for s in (np.nanmin, np.nanmean, np.nanmax))
+        axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0)
+        axis.plot(steps, middle, label=plain(name), **style)
 
 
 def _finish(figure: Figure, panels: dict[str, Any], label: str) -> None:

@@ -16,6 +16,8 @@ SCALES_APART = 5.0
 CONFLICT, OFTEN = -0.2, 0.25
 # Relative losses (of the start) of the slowest and the fastest task.
 PACES_APART = 10.0
+# A training whose summed losses end at more times their start went nowhere.
+GROWN = 10.0
 
 # The guide's table: what is seen, what it means, what to try, cheapest first.
 ADVICE = {
@@ -82,7 +84,12 @@ class Diagnosis:
 
 
 def of(
-    names: tuple[str, ...], losses: np.ndarray, norms: np.ndarray, cosines: np.ndarray
+    names: tuple[str, ...],
+    losses: np.ndarray,
+    norms: np.ndarray,
+    cosines: np.ndarray,
+    *,
+    labels_missing: bool = True,
 ) -> Diagnosis:
     """The diagnosis from notes of a training.
 
@@ -91,10 +98,12 @@ def of(
       losses: ``(S, W, K)``, over the training.
       norms: ``(S, T, K)``, of the gradients at each look.
       cosines: ``(S, T, K, K)``, likewise.
+      labels_missing: whether a loss that is no number may be that of a task without labels.
     """
     rows, columns = np.triu_indices(len(names), 1)
     pairs = cosines[..., rows, columns].reshape(math.prod(cosines.shape[:-2]), len(rows))
-    diverged = _diverged(losses, norms[:, -1])
+    diverged = _diverged(losses, norms[:, -1], np.any if labels_missing else np.all)
+    grown = _grown(losses) & ~diverged
     typical = _typical(norms.reshape(-1, len(names)))
     known = pairs[np.isfinite(pairs)]
     nothing = math.nan if pairs.size else 0.0
@@ -107,7 +116,7 @@ def of(
     conflict = rate >= OFTEN
     pace, pace_reasons = _paces(names, start, left)
     verdict = "nothing"
-    if diverged.any():
+    if diverged.any() or grown.any():
         verdict = "diverged"
     elif scale or conflict:
         verdict = " and ".join(["scale"] * scale + ["conflict"] * conflict)
@@ -115,7 +124,9 @@ def of(
         verdict = "pace"
     middle = _median(pairs)
     reasons = [
-        *_divergence(diverged),
+        *([] if labels_missing else _from_the_first(names, losses)),
+        *_divergence(diverged, "were no finite numbers"),
+        *_divergence(grown, f"were together over {GROWN:g} times their start"),
         *norm_reasons,
         *_conflicts(middle, rate, conflict),
         *_loss_scales(start),
@@ -133,19 +144,41 @@ def of(
     )
 
 
-def _diverged(losses: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """In which seeds a training ended without numbers ``(S,)``, but for tasks that are absent."""
-    late = losses[:, -max(1, losses.shape[1] // 10) :]
-    no_loss = ~np.isfinite(late).any(axis=(1, 2)) & np.any(norms != 0, axis=1)
-    return no_loss | ~np.isfinite(norms).all(axis=1)
+def _late(losses: np.ndarray) -> np.ndarray:
+    return losses[:, -max(1, losses.shape[1] // 10) :]
 
 
-def _divergence(diverged: np.ndarray) -> list[str]:
+def _diverged(losses: np.ndarray, norms: np.ndarray, enough: Any) -> np.ndarray:
+    """In which seeds a training ended without numbers ``(S,)``, of all or of any task."""
+    known = enough(np.isfinite(_late(losses)).any(axis=1), axis=1)
+    return (~known & np.any(norms != 0, axis=1)) | ~np.isfinite(norms).all(axis=1)
+
+
+def _grown(losses: np.ndarray) -> np.ndarray:
+    """In which seeds the losses that were numbers at the start are far above it ``(S,)``."""
+    first, last = _first_finite(losses), of_finite(np.nanmean, np.moveaxis(_late(losses), 1, 0))
+    known = np.isfinite(first) & np.isfinite(last)
+    before, after = (np.sum(np.where(known, x, 0), axis=1) for x in (first, last))
+    return (before > 0) & (after > GROWN * before)
+
+
+def _from_the_first(names: tuple[str, ...], losses: np.ndarray) -> list[str]:
+    known = np.isfinite(losses[:, 0])
+    broken = [name for k, name in enumerate(names) if not known[:, k].any()]
+    if not broken:
+        return []
+    return [
+        f"No number: the loss of {', '.join(broken)} was none in the first step already, which no "
+        "learning rate can change: look at that loss."
+    ]
+
+
+def _divergence(diverged: np.ndarray, what: str) -> list[str]:
     if not diverged.any():
         return []
     return [
-        f"Divergence: the losses or their gradients were no finite numbers at the end in "
-        f"{diverged.sum()} of {len(diverged)} trainings; what follows is of the numbers that were."
+        f"Divergence: the losses or their gradients {what} at the end in {diverged.sum()} of "
+        f"{len(diverged)} trainings; what follows is of the numbers that were."
     ]
 
 
@@ -153,7 +186,12 @@ def _scales(names: tuple[str, ...], typical: np.ndarray) -> tuple[bool, list[str
     """Whether the norms of the gradients are far apart, and what is said of them."""
     reasons = []
     nothing = [name for name, norm in zip(names, typical, strict=True) if norm == 0]
-    if nothing:
+    if nothing and len(nothing) == len(names) > 1:
+        reasons.append(
+            "No gradient: that of no task on the shared parameters was above zero at any look: "
+            "the losses share no parameters, or have no labels there."
+        )
+    elif nothing:
         reasons.append(
             f"No gradient: on the shared parameters, that of {', '.join(nothing)} was zero at "
             "every look: the loss does not depend on them, or has no labels there."
@@ -213,7 +251,10 @@ def _paces(names: tuple[str, ...], start: np.ndarray, left: np.ndarray) -> tuple
         said = f"Pace: {_share(known[slow])} of the loss of {slow} is left at the end"
         if slow != fast:
             said += f", and {_share(known[fast])} of that of {fast}"
-            said += ": the paces differ" if apart else ": neither is left far behind"
+            if apart:
+                said += ": the paces differ"
+            elif known[slow] <= 1:
+                said += ": neither is left far behind"
         reasons.append(f"{said}.")
     if below:
         reasons.append(

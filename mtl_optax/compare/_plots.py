@@ -140,7 +140,8 @@ def _map_of_metrics(results: dict[str, Any]) -> Figure:
     # The colour is the place among the strategies, whatever the unit of a metric is.
     higher = [results["problem"]["higher_is_better"][m] for m in names]
     signs = np.where(higher, 1, -1)
-    places = (signs * np.nan_to_num(table, nan=-np.inf)).argsort(axis=0).argsort(axis=0)
+    good = np.where(np.isfinite(table), signs * table, -np.inf)
+    places = (good[:, None] > good[None]).sum(axis=1)  # over how many
     figure, axis = subplots(figsize=(2.2 + 0.7 * len(names), 1.8 + 0.26 * len(lines)))
     axis.imshow(places, aspect="auto", cmap="cividis")
     for (i, j), value in np.ndenumerate(table):
@@ -255,5 +256,5 @@ def _scale(results: dict[str, Any], name: str) -> float:
 def _label(results: dict[str, Any], name: str) -> str:
     problem, seeds = results["problem"], results["settings"]["seeds"]
     better = "higher" if problem["higher_is_better"][name] else "lower"
-    unit = plain(problem["unit"][name]) or "metric"
+    unit = plain(problem["unit"][name] or "metric")
     return f"test {unit}, {better} is better\n95 % interval of {seeds} seeds"

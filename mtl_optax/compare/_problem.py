@@ -227,7 +227,7 @@ def check_takes_integer(train: Callable[..., Any]) -> None:
         pass  # has no signature
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, steps: int) -> None:
     """Refuses what is no function of a rate and a number of steps, as `optax.adam` itself."""
     fits = callable(optimizer)
     if fits:
@@ -240,7 +240,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer={shortened(optimizer)}, expected a function of a learning rate and the "
             "number of steps: lambda rate, steps: optax.adam(rate)"
         )
-    made = optimizer(jnp.float32(1.0), 1)
+    made = optimizer(jnp.float32(1.0), steps)
     if not (callable(getattr(made, "init", None)) and callable(getattr(made, "update", None))):
         raise ValueError(
             f"optimizer returns {shortened(made)}, expected an Optax transformation: lambda rate, "

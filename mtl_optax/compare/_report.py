@@ -79,8 +79,9 @@ def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
 <ul>
 <li><strong>Δm</strong> is the mean relative change of the metrics against {_baseline(results)},
 seed by seed, in percent: 100/K Σ ±(M<sub>k</sub> − B<sub>k</sub>)/|B<sub>k</sub>| (Maninis et al.,
-2019). Positive is better. <strong>best</strong> is at the checkpoint that is best on the validation
-set, as are the metrics; <strong>at end</strong> is after the last step.</li>
+2019), where what is divided by is the mean over the seeds. Positive is better.
+<strong>best</strong> is at the checkpoint that is best on the validation set, as are the metrics;
+<strong>at end</strong> is after the last step.</li>
 <li><strong>Δm vs equal</strong> and <strong>vs tuned</strong> are a strategy's Δm minus that of
 equal weights and of tuned static weights, seed by seed. An arrow says that the difference is told
 apart from 0 at 5 %, ↑ better or ↓ worse: Student's t over the seeds, paired, with Holm's correction
@@ -105,7 +106,7 @@ where two runs of the plain step agree within 5 %.</li>
 <h2>Pictures</h2>
 {figures}
 <h2>Reproduce</h2>
-<pre>{html.escape(str(results.get("command", "")))}</pre>
+{_command(results)}
 <table><tbody>{_versions(results)}</tbody></table>
 </body></html>
 """
@@ -157,6 +158,11 @@ def _figure(name: str, picture: bytes) -> str:
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
+
+
+def _command(results: dict[str, Any]) -> str:
+    command = results.get("command")
+    return f"<pre>{html.escape(str(command))}</pre>" if command else ""
 
 
 def _versions(results: dict[str, Any]) -> str:

@@ -23,11 +23,13 @@ import numpy as np
 import mtl_optax as mtl
 from mtl_optax.compare import _selection as selection, _store as store, _train as train
 from mtl_optax.compare._problem import Problem, Settings, shortened
-from mtl_optax.compare._selection import EQUAL_WEIGHTS, Notes
+from mtl_optax.compare._selection import EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED, Notes
 from mtl_optax.compare._setup import Setup
 from mtl_optax.compare._source import why_not_halved
+from mtl_optax.compare._summary import SINGLE_TASK
 
 NUM_WINDOWS = 60  # losses and weights are kept as means over this many windows of steps
+RESERVED = (INVERSE_LOSSES, TUNED, SINGLE_TASK, train.STATIC, train.PLAIN)
 STEADY = 1.05  # two runs of the plain step that differ by more say nothing about time
 
 Progress = Callable[[str, int, int], None]
@@ -107,6 +109,11 @@ def _known(strategies: Sequence[str]) -> list[str]:
             )
         if name not in ("all", *mtl.STRATEGIES):
             mtl.make(name, 1)  # raises, and says which names are near
+        if name in RESERVED:
+            raise ValueError(
+                f"a strategy is called {name!r}, as what a comparison always has: register it by "
+                "another name"
+            )
     return strategies
 
 

@@ -21,6 +21,7 @@ INVERSE_LOSSES = "1 / initial losses"
 TUNED = "tuned weights"
 # A relative change of a metric nearer to 0 says nothing: R² of .05 to .1 is not a gain of 100 %.
 CLEARLY_ABOVE = 0.1
+DIGITS = 6  # of what pictures show; metrics keep all of theirs
 MAX_PAIRS = 6  # more cosines than these are kept as quantiles
 PER_CONFIG = ("validation", "test", "train_loss", "weights", "cosine", "norm")
 
@@ -104,7 +105,9 @@ def choose(
             for name, (config, run) in chosen.items()
         },
         "candidates": _by_name(metrics, tuned["test"][:, :, -1].mean(axis=0)),
-        "diagnosis": diagnosis.of(setup.names, *seen).as_dict(),
+        "diagnosis": diagnosis.of(
+            setup.names, *seen, labels_missing=setup.problem.present is not None
+        ).as_dict(),
     }
 
 
@@ -183,6 +186,7 @@ def _about_problem(setup: Setup) -> dict[str, Any]:
         "num_train": setup.source.num_examples,
         "num_validation": num_examples(problem.validation),
         "num_test": num_examples(problem.test),
+        "labels_missing": problem.present is not None,
         "num_parameters": sum(x[0].size for x in jax.tree.leaves(setup.params)),
     }
 
@@ -210,7 +214,10 @@ def _kept(setup: Setup, notes: Notes, config: int) -> dict[str, Any]:
             for share in (10, 50, 90)
         }
     return {
-        **{t: _by_name(setup.metric_names, notes[t][:, config]) for t in ("validation", "test")},
+        **{
+            t: _by_name(setup.metric_names, notes[t][:, config], exact=True)
+            for t in ("validation", "test")
+        },
         **{
             t: _by_name(setup.names, notes[t][:, config]) for t in ("train_loss", "weights", "norm")
         },
@@ -219,13 +226,15 @@ def _kept(setup: Setup, notes: Notes, config: int) -> dict[str, Any]:
     }
 
 
-def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, Any]:
+def _by_name(names: Sequence[str], values: np.ndarray, *, exact: bool = False) -> dict[str, Any]:
     """Values ``(..., K)`` as nested lists, one a name; none where the last axis is empty."""
-    return {name: rounded(values[..., i]) for i, name in enumerate(names[: values.shape[-1]])}
+    digits = np.finfo(values.dtype).precision + 3 if exact else DIGITS
+    known = names[: values.shape[-1]]
+    return {name: rounded(values[..., i], digits) for i, name in enumerate(known)}
 
 
-def rounded(array: Any) -> Any:
-    """Nested lists with six digits, the precision of float32; None for what is not finite."""
+def rounded(array: Any, digits: int = DIGITS) -> Any:
+    """Nested lists of numbers with that many digits; None for what is not finite."""
     if np.ndim(array):
-        return [rounded(row) for row in array]
-    return float(f"{array:.6g}") if np.isfinite(array) else None
+        return [rounded(row, digits) for row in array]
+    return float(f"{array:.{digits}g}") if np.isfinite(array) else None

@@ -50,7 +50,7 @@ class Setup:
     def __init__(self, problem: Problem, settings: Settings):
         self.problem, self.settings = problem, settings
         check_options(problem.options)
-        check_optimizer(problem.optimizer)
+        check_optimizer(problem.optimizer, settings.steps)
         check_texts(title=problem.title, source=problem.source)
         self.source = source_of(problem, settings)
         models = [problem.init(jax.random.key(seed)) for seed in range(settings.seeds)]
@@ -101,6 +101,8 @@ class Setup:
         found = jax.eval_shape(measure) if self._traced else measure()
         check_names("metric", self.metric_names)
         check_numbers(found)
+        if self._traced:
+            jax.eval_shape(self._metrics, *one, self._test)  # of the same names
         self.higher = by_name(
             problem.higher_is_better, self.metric_names, "higher_is_better", bool, "True or False"
         )
@@ -188,16 +190,28 @@ class Setup:
             return self._measure(params, rest, self._validation, self._test)
         values = np.empty((2, *shape, len(self.metric_names)))
         for s, c in np.ndindex(*shape):
-            given = self.given(*jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest)))
+            model = jax.tree.map(lambda x, s=s, c=c: x[s, c], (params, rest))
+            given = self.given(*model)
             for i, split in enumerate((self._validation, self._test)):
-                found = self.problem.metrics(*given, split)
-                if {*found} != {*self.metric_names}:
-                    raise ValueError(
-                        f"metrics returns {', '.join(map(repr, found))} of one split, expected "
-                        f"{', '.join(map(repr, self.metric_names))} as of validation"
-                    )
-                values[i, s, c] = [float(found[name]) for name in self.metric_names]
+                try:
+                    found = self._named(self.problem.metrics(*given, split))
+                    values[i, s, c] = [float(value) for value in found]
+                except Exception as error:
+                    # A model that diverged is not what metrics were written for.
+                    if _all_finite(model):
+                        error.add_note(f"metrics was called with a model of seed {s}")
+                        raise
+                    values[i, s, c] = np.nan
         return values[0], values[1]
+
+    def _named(self, found: Mapping[str, Any]) -> list[Any]:
+        """The metrics in their order."""
+        if {*found} != {*self.metric_names}:
+            raise ValueError(
+                f"metrics returns {', '.join(map(repr, found))} of one split, expected "
+                f"{', '.join(map(repr, self.metric_names))} as of validation"
+            )
+        return [found[name] for name in self.metric_names]
 
     def facts(self) -> dict[str, Any]:
         """Hashes of what all numbers depend on: the data, the problem's program, this library."""
@@ -216,7 +230,7 @@ class Setup:
 
         data = (source.data, source.first, self.params, self.rest, self._validation, self._test)
         if self._traced:
-            measured = hashes.of_program(self._metrics, *one, self._validation)
+            measured = hashes.of_program(self._both, *one, self._validation, self._test)
         else:
             measured = hashes.of_function(self.problem.metrics)
         return {
@@ -232,15 +246,19 @@ class Setup:
         _check_alike("loss_fn returns a state", new, rest, "as it was given")
 
     def _can_be_traced(self, params: Any, rest: Any) -> bool:
+        def measure(params: Any, rest: Any, split: Any) -> list[jax.Array]:
+            found = self.problem.metrics(*self.given(params, rest), split)
+            return [jnp.asarray(value, jnp.float32) for value in found.values()]
+
         try:
-            jax.eval_shape(self._metrics, params, rest, self._validation)
+            jax.eval_shape(measure, params, rest, self._validation)
         except Exception:  # whatever NumPy, scikit-learn or the user's code says to a tracer
             return False
         return True
 
     def _metrics(self, params: Any, rest: Any, split: Any) -> jax.Array:
-        found = self.problem.metrics(*self.given(params, rest), split)
-        return jnp.stack([jnp.asarray(value, jnp.float32) for value in found.values()])
+        found = self._named(self.problem.metrics(*self.given(params, rest), split))
+        return jnp.stack([jnp.asarray(value, jnp.float32) for value in found])
 
     def _both(self, params: Any, rest: Any, validation: Any, test: Any) -> Any:
         return self._metrics(params, rest, validation), self._metrics(params, rest, test)
@@ -283,6 +301,11 @@ def _check_alike(what: str, tree: Any, expected: Any, why: str) -> None:
                 f"{what} with {found.get(path, 'nothing')} at {path or 'its root'}, expected "
                 f"{known.get(path, 'nothing')}, {why}"
             )
+
+
+def _all_finite(tree: Any) -> bool:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return all(bool(jnp.all(jnp.isfinite(x))) for x in floats)
 
 
 def _side_by_side(models: int, fitting: int) -> int:

@@ -30,13 +30,16 @@ class Estimate(NamedTuple):
     ) -> str:
         """``mean ± half``, or the mean alone where there is no interval.
 
-        `small` numbers of which the decimals show nothing are shown by powers of ten.
+        `small` numbers of which the decimals show next to nothing are shown by powers of ten.
         """
         if not np.isfinite(self.mean):
             return NO_NUMBER
-        large = max(abs(scale * self.mean), abs(np.nan_to_num(scale * self.half))) >= 1e4
-        lost = small and 0 < abs(scale * self.mean) < 10.0**-decimals
-        style = ".1e" if large or lost else f".{decimals}f"
+        largest = max(abs(scale * self.mean), abs(np.nan_to_num(scale * self.half)))
+        style = f".{decimals}f"
+        if small and 0 < abs(scale * self.mean) < 10.0 ** (1 - decimals):
+            style = ".1e"
+        elif largest >= 1e4:
+            style = ".0f" if largest < 1e7 else ".3e"
         mean = f"{scale * self.mean:{'+' if signed else ''}{style}}"
         return mean if np.isnan(self.half) else f"{mean} ± {scale * self.half:{style}}"
 
@@ -69,9 +72,11 @@ def p_value(differences: object, resolution: float = 0.0) -> float:
 
 
 def resolution_of(values: np.ndarray) -> float:
-    """The smallest step between measurements ``(N, S)`` of one seed; 0 if all are equal."""
-    steps = np.diff(np.sort(values, axis=0), axis=0)
-    steps = steps[steps > ROUNDING * np.max(np.abs(values), initial=0)]
+    """The smallest step between finite measurements ``(N, S)`` of one seed; 0 if all are equal."""
+    ordered = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)  # NaN come last
+    size = np.maximum(np.abs(ordered[1:]), np.abs(ordered[:-1]))
+    steps = np.diff(ordered, axis=0)
+    steps = steps[steps > ROUNDING * size]
     return float(steps.min()) if steps.size else 0.0
 
 

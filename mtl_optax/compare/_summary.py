@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,14 @@ from mtl_optax.compare._selection import (
     at_best,
     is_near_zero,
 )
-from mtl_optax.compare._statistics import LEVEL, Estimate, holm, p_value, resolution_of
+from mtl_optax.compare._statistics import (
+    LEVEL,
+    Estimate,
+    holm,
+    of_finite,
+    p_value,
+    resolution_of,
+)
 from mtl_optax.metrics import mean_rank
 
 SINGLE_TASK = "single task"
@@ -31,6 +40,7 @@ class Row:
     name: str
     kind: str  # "reference", "baseline", "balancer" or "aggregator"
     metrics: dict[str, Estimate]  # on the test set, at the best validation checkpoint
+    worst: str  # the metric that is furthest behind the baseline's, of those in Δm
     delta_m: Estimate  # percent, against single-task models (or equal weights) of the same seed
     at_end: Estimate  # likewise, after the last step
     gain: Estimate  # delta_m minus that of equal weights, seed by seed
@@ -85,12 +95,20 @@ def rows(results: dict[str, Any]) -> list[Row]:
     if singles:
         runs[SINGLE_TASK] = singles
         values[SINGLE_TASK] = of(singles)
-    baseline = values[SINGLE_TASK if singles else EQUAL_WEIGHTS]
+    baseline = values[SINGLE_TASK if singles else EQUAL_WEIGHTS][:, counted]
+    # Over the seeds: that of one may be near 0.
+    unit_of_change = np.abs(of_finite(np.nanmean, baseline))
+    unit_of_change = np.where(unit_of_change > 0, unit_of_change, 1.0)
+
+    def changes(values: np.ndarray) -> np.ndarray:
+        return signs[counted] * (values[:, counted] - baseline) / unit_of_change
 
     def against_baseline(values: np.ndarray) -> np.ndarray:
-        base = baseline[:, counted]
-        base = np.where(base == 0, 1.0, base)
-        return 100 * np.mean(signs[counted] * (values[:, counted] - base) / np.abs(base), axis=1)
+        return 100 * np.mean(changes(values), axis=1)
+
+    def furthest_behind(values: np.ndarray) -> str:
+        of_each = np.mean(changes(values), axis=0)
+        return metrics[counted[np.where(np.isnan(of_each), -np.inf, of_each).argmin()]]
 
     deltas = {name: against_baseline(value) for name, value in values.items()}
     verdicts = judged({name: deltas[name] for name in strategies})
@@ -108,6 +126,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             name=name,
             kind=about["kind"],
             metrics={m: Estimate.of(values[name][:, i]) for i, m in enumerate(metrics)},
+            worst=furthest_behind(values[name]),
             delta_m=Estimate.of(deltas[name]),
             at_end=Estimate.of(against_baseline(of(runs[name], end=True))),
             gain=Estimate.of(deltas[name] - deltas[EQUAL_WEIGHTS]),
@@ -147,8 +166,7 @@ def judged(deltas: dict[str, np.ndarray]) -> dict[str, dict[str, str]]:
     tests = [(name, EQUAL, EQUAL_WEIGHTS) for name in deltas if name != EQUAL_WEIGHTS]
     tests += [(name, OVER_TUNED, TUNED) for name in deltas if name not in _REFERENCES]
     differences = [deltas[name] - deltas[other] for name, _, other in tests]
-    every = np.stack(list(deltas.values()))
-    resolution = resolution_of(every[:, np.isfinite(every).all(axis=0)])
+    resolution = resolution_of(np.stack(list(deltas.values())))
     corrected = holm([p_value(d, resolution) for d in differences])
     verdicts: dict[str, dict[str, str]] = {name: {} for name in deltas}
     for (name, what, _), d, p in zip(tests, differences, corrected, strict=True):
@@ -183,7 +201,8 @@ def diverged(results: dict[str, Any]) -> dict[str, list[int]]:
         measured = [np.isfinite(_array(run, "test", metric)[:, -1]) for metric in metrics]
         # A metric such as an accuracy is a number whatever the parameters are.
         losses = [np.isfinite(_array(run, "train_loss", task)[:, -1]) for task in run["train_loss"]]
-        fine = np.all(measured, axis=0) & np.any(losses, axis=0)
+        enough = np.any if results["problem"].get("labels_missing", True) else np.all
+        fine = np.all(measured, axis=0) & enough(losses, axis=0)
         if not fine.all():
             found[name] = np.flatnonzero(~fine).tolist()
     return found
@@ -289,18 +308,26 @@ def notes(results: dict[str, Any]) -> list[str]:
         said.append(f"Worse than equal weights: {_listed(worse)}.")
     if results["left_out"]:
         said.append(
-            f"Δm leaves out {', '.join(results['left_out'])}: the baseline's metric is not clearly "
-            "above zero, or no number, so that a relative change of it says nothing."
+            f"Δm leaves out {', '.join(results['left_out'])}: the baseline's metric is negative, "
+            "not clearly above zero, or no number, so that a relative change of it says little."
         )
     elif all(is_near_zero(*of) for of in _baseline(results)):
         said.append(
-            "None of the baseline's metrics is clearly away from zero, so that a relative change "
-            "of them, and Δm, says little: look at the metrics themselves."
+            "None of the baseline's metrics is clearly above zero, so that a relative change of "
+            "them, and Δm, says little: look at the metrics themselves."
         )
     if not results["single_task"]:
         said.append(
             "Metrics have other names than the tasks "
             f"({_few(problem['tasks'])}), so that models of one task are no baseline."
+        )
+    equal = results["strategies"][EQUAL_WEIGHTS]
+    never = [t for t in problem["tasks"] if not np.isfinite(_array(equal, "train_loss", t)).any()]
+    if never:
+        said.append(
+            f"The loss of {_few(never)} was no finite number in any step under equal weights"
+            + " or no batch had its labels" * problem.get("labels_missing", True)
+            + ": look at it before anything else."
         )
     alone = _diverged_alone(results)
     if alone:
@@ -315,14 +342,11 @@ def notes(results: dict[str, Any]) -> list[str]:
         seeds = results["settings"]["seeds"]
         each = [f"{r.label} ({_seeds(ended[r.name], seeds)})" for r in lines if r.name in ended]
         said.append(f"Ended with numbers that are not finite: {', '.join(each)}.")
-    if (
-        lines[0].name == SINGLE_TASK
-        and lines[1].delta_m.mean + np.nan_to_num(lines[1].delta_m.half) < 0
-    ):
+    if lines[0].name == SINGLE_TASK and lines[1].delta_m.mean + lines[1].delta_m.half < 0:
         ahead = Estimate(-lines[1].delta_m.mean, lines[1].delta_m.half)
         said.append(
             f"Models of one task alone are {ahead.text()} points ahead of the best "
-            f"({lines[1].label}), with {len(problem['tasks'])} times the parameters."
+            f"({lines[1].label}), with {len(results['single_task'])} times the parameters."
         )
     if any(r.wall_ratio is None for r in lines if r.name != SINGLE_TASK):
         said.append(
@@ -338,15 +362,14 @@ def notes(results: dict[str, Any]) -> list[str]:
 def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
     """The table by columns, each with its importance: 0 is always shown. Cells are text."""
     problem, lines = results["problem"], rows(results)
-    metrics, sign = problem["metrics"], {True: 1, False: -1}
+    metrics = problem["metrics"]
 
     def metric(row: Row, m: str) -> str:
         scale = 100.0 if percent(results, m) else 1.0
         return row.metrics[m].text(2 if percent(results, m) else 4, scale=scale, small=True)
 
     def worst(row: Row) -> str:
-        m = min(metrics, key=lambda m: sign[problem["higher_is_better"][m]] * row.metrics[m].mean)
-        return f"{metric(row, m)} {m}"
+        return "" if row.name == SINGLE_TASK else f"{metric(row, row.worst)} {row.worst}"
 
     def compared(row: Row, what: str, nothing: tuple[str, ...]) -> str:
         if row.name in nothing:
@@ -387,7 +410,7 @@ def fitting(results: dict[str, Any], width: float) -> list[list[str]]:
     every = columns(results)
 
     def wide(cells: list[str]) -> int:
-        return PADDING + max(len(part) for cell in cells for part in cell.split("\n"))
+        return PADDING + max(_width(part) for cell in cells for part in cell.split("\n"))
 
     limit = max(place for place, _ in every)
     while limit and sum(wide(c) for place, c in every if place <= limit) > width:
@@ -401,22 +424,29 @@ def text(results: dict[str, Any], width: int = 80) -> str:
     tall = max(cell.count("\n") for cell in header)
     top = [(cell + "\n" * (tall - cell.count("\n"))).split("\n") for cell in header]
     lines = [*zip(*top, strict=True), *body]
-    sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sizes = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     space = " " * PADDING
+
+    def padded(i: int, cell: str) -> str:
+        missing = " " * (sizes[i] - _width(cell))
+        return missing + cell if i else cell + missing
+
     return "\n".join(
-        space.join(
-            cell.rjust(size) if i else cell.ljust(size)
-            for i, (cell, size) in enumerate(zip(line, sizes, strict=True))
-        ).rstrip()
-        for line in lines
+        space.join(padded(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines
     )
+
+
+def _width(cell: str) -> int:
+    """The columns of a terminal that a text takes: some letters take two, marks none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in cell)
+    return len(cell) + wide - sum(map(bool, map(unicodedata.combining, cell)))
 
 
 def markdown(results: dict[str, Any], width: float = math.inf) -> str:
     """The table for a page."""
     header, *body = zip(*fitting(results, width), strict=True)
     header = [cell.replace("\n", " ") for cell in header]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (header, *body)]
+    escaped = [[re.sub(r"([\\|<*`])", r"\\\1", cell) for cell in line] for line in (header, *body)]
     rule = [":--", *["--:"] * (len(header) - 1)]
     lines = (escaped[0], rule, *escaped[1:])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -231,13 +231,16 @@ def build(setup: Setup, name: str, configs: Config) -> Program:
     state = jax.vmap(jax.vmap(init, in_axes=(None, None, None, 0)))(
         setup.params, setup.rest, jnp.arange(settings.seeds), configs
     )
-    arguments = state, configs, source.data, source.first
-    compiled = counted = jax.jit(advance).lower(*arguments).compile()
-    if problem.present is not None and name != PLAIN:
+    data = source.data, source.first
+    compiled = counted = jax.jit(advance).lower(state, configs, *data).compile()
+    # The models of a seed share a batch: what one costs is told by as many as of the plain step.
+    some = jax.tree.map(lambda x: x[:, : len(settings.learning_rates)], (state, configs))
+    fallback = problem.present is not None and name != PLAIN
+    if fallback or some[1].rate.size < configs.rate.size:
         # XLA counts both branches, of which one is for gradients of absent tasks that are NaN. A
         # function of its own, or the trace of the one above would be found again.
         with without_fallbacks():
-            counted = jax.jit(lambda *args: advance(*args)).lower(*arguments).compile()
+            counted = jax.jit(lambda *args: advance(*args)).lower(*some, *data).compile()
     # XLA counts the body of the scan once, so this is one step of all models.
     flops = (counted.cost_analysis() or {}).get("flops", float("nan"))
-    return Program(state, compiled, flops / configs.rate.size)
+    return Program(state, compiled, flops / some[1].rate.size)
