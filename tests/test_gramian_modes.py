@@ -1,6 +1,7 @@
 """The ways to the Gramian: each is held against the rows of jax.jacrev, whatever the layer."""
 
 import functools
+import itertools
 
 import jax
 import jax.export
@@ -402,9 +403,74 @@ def test_columns_go_forth_through_a_custom_backward_rule():
 
 
 def test_columns_name_a_backward_rule_that_has_no_transpose():
-    with pytest.raises(TypeError, match=r'gramian="columns" goes forth.*use gramian="ghost"'):
+    with pytest.raises(TypeError, match=r'gramian="columns" goes forth.*use gramian="auto"'):
         gramian_of(_through(_clipped_backwards), jnp.arange(4.0), gramian="columns")
-    gramian_of(_through(_clipped_backwards), jnp.arange(4.0), gramian="ghost")
+
+
+def _with_rule(rule):
+    """The identity, whose cotangents a rule changes."""
+
+    @jax.custom_vjp
+    def same(x):
+        return x
+
+    same.defvjp(lambda x: (x, x), lambda x, g: (rule(x, g),))
+    return same
+
+
+LINEAR_RULES = {
+    "reversed": lambda x, g: -0.5 * g,
+    "by the residual": lambda x, g: g * jnp.tanh(x) + jnp.where(x > 0, g, 0),
+    "guarded": lambda x, g: jnp.where(jnp.isfinite(g), g, 0),
+    "added to zeros": lambda x, g: jnp.zeros_like(g).at[:2].add(g[:2]) + jnp.zeros_like(g),
+    "mixed": lambda x, g: g @ jax.nn.softmax(x.T @ x) - jnp.cumsum(g, axis=0),
+    "in a loop": lambda x, g: jax.lax.fori_loop(0, 3, lambda i, g: 0.5 * g + i * g, g),
+    "in a branch": lambda x, g: jax.lax.cond(x[0, 0] > 0, lambda g: 2 * g, lambda g: g, g),
+}
+BENT_RULES = {
+    "clipped": lambda x, g: jnp.clip(g, -0.01, 0.01),
+    "normalized": lambda x, g: g / jnp.linalg.norm(g),
+    "signs": lambda x, g: jnp.sign(g),
+    "squared": lambda x, g: g * jnp.abs(g),
+    "quantised": lambda x, g: jnp.round(100 * g) / 100,
+    "in integers": lambda x, g: (100 * g).astype(jnp.int32).astype(g.dtype) / 100,
+    "noisy": lambda x, g: g + 0.01 * jax.random.normal(jax.random.key(0), g.shape),
+    "chosen": lambda x, g: jnp.where(g > 0, g, 0.5 * g),
+    "clipped in a loop": lambda x, g: jax.lax.fori_loop(
+        0, 2, lambda i, g: jnp.clip(1.1 * g, -0.01, 0.01), g
+    ),
+    "clipped in a branch": lambda x, g: jax.lax.cond(
+        x[0, 0] > 0, lambda g: jnp.minimum(g, 0.01), lambda g: jnp.maximum(g, -0.01), g
+    ),
+}
+
+
+RULES = LINEAR_RULES | BENT_RULES
+
+
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [*zip(RULES, itertools.cycle([lambda f: f, jax.jit, jax.checkpoint]))],
+)
+def test_backward_rules_that_are_not_linear_take_whole_rows(name, around, monkeypatch):
+    """A row is what the rule makes of a cotangent of 1 at one loss."""
+    monkeypatch.setattr("mtl_optax.jacobian.ways.auto.SMALL", 0)
+    ruled = around(_with_rule(RULES[name]))
+    w = jax.random.normal(jax.random.key(0), (6, 4))
+
+    def losses(w):
+        h = ruled(X[:, 0] @ w)
+        return {"a": jnp.mean(h**2), "b": 40 * jnp.sum(jnp.sin(h))}
+
+    rows = np.stack([np.ravel(row) for row in jax.jacrev(losses)(w).values()])
+    got = gramian_of(losses, w, gramian="auto")
+    assert relative_error(got, rows @ rows.T) < 1e-5
+    for gramian in ("ghost", "streamed"):
+        if name in LINEAR_RULES:
+            assert relative_error(gramian_of(losses, w, gramian=gramian), rows @ rows.T) < 1e-5
+        else:
+            with pytest.raises(TypeError, match=r'not linear in the cotangent.*gramian="rows"'):
+                gramian_of(losses, w, gramian=gramian)
 
 
 STRATEGIES = {

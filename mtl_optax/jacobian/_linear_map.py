@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mtl_optax._numerics import power_of_two, wide
 from mtl_optax.jacobian import _program
+from mtl_optax.jacobian._linearity import has_bent_rule
 from mtl_optax.jacobian._opaque import check_residuals
 from mtl_optax.jacobian._program import (
     Program,
@@ -63,6 +64,11 @@ class LinearMap:
     def forming(self) -> list[int]:
         """The multiplications that a row of each leaf takes."""
         return self.program.forming
+
+    @property
+    def is_bent(self) -> bool:
+        """Whether a backward rule in the trunk is known not to be linear in the cotangent."""
+        return has_bent_rule(self.program.parts.trunk)
 
     @property
     def underflows(self) -> bool:
@@ -203,7 +209,17 @@ class Heads:
 
         All s are powers of two, so nothing is rounded; squares of what follows do not overflow.
         What the heads pass back to other leaves than those is left out.
+
+        Raises:
+          TypeError: if a backward rule in the trunk is not linear: what it makes of scaled
+            cotangents is no row.
         """
+        if self.linear.is_bent:
+            raise TypeError(
+                "some function in the model has a backward rule that is not linear in the "
+                "cotangent, such as a custom_vjp that clips gradients: only whole rows are exact "
+                'there, by gramian="rows" or "auto", with rows="sequential" where memory is short'
+            )
         at_leaves = [blocks if i in leaves else {} for i, blocks in enumerate(self.at_leaves)]
         dtypes = [wide(group.aval.dtype) for group in self._program.groups]
         dtype = functools.reduce(jnp.promote_types, dtypes)

@@ -22,7 +22,7 @@ _FOR_MEMORY = 110
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Auto(Way):
-    """Rows where they are small; else ghost, or streamed.
+    """Rows where they are small, or a backward rule is not linear; else ghost, or streamed.
 
     Streamed is for models with layers that ghost has no access to and takes by rows: those in a
     loop, in a checkpoint, or in a stack. It takes half a backward pass or a whole one more than
@@ -49,7 +49,7 @@ def _are_small(layout: Layout) -> bool:
 
 def _chosen(linear: LinearMap, layout: Layout) -> Way:
     """The way, by the multiplications of a whole step in which Jᵀw follows the Gramian."""
-    if _are_small(layout):
+    if _are_small(layout) or linear.is_bent:
         return Rows()
     tapped = ghost.Ghost().taps(linear, layout.measured)
     rest = [i for i in layout.measured_leaves if i not in tapped]

@@ -74,7 +74,7 @@ def _forth(push: Callable, rows: list[jax.Array]) -> list[jax.Array]:
         raise TypeError(
             'gramian="columns" goes forth through the trunk as well as back, and some function in '
             "it, such as one with a custom_vjp, has a backward rule that is not linear in the "
-            'cotangent or can\'t be transposed: use gramian="ghost" or gramian="rows", with '
+            'cotangent or can\'t be transposed: use gramian="auto" or gramian="rows", with '
             'rows="sequential" where memory is short'
         ) from error
 
