@@ -324,6 +324,31 @@ def test_imtl_g_has_a_derivative_where_rows_are_orthogonal():
     np.testing.assert_allclose(slope, change / (2 * h), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("factory", "by_hand"), [(aligned_mtl, aligned_by_svd), (conflict_free, config_by_pinv)]
+)
+def test_derivatives_through_decompositions_are_numbers(factory, by_hand):
+    """The rows that are decomposed are mixed to orthogonal ones on the way: of equal values."""
+    draws = np.random.default_rng(0)
+    matrices, along = draws.standard_normal((2, 200, 3, 7))
+    tx, h = factory(3), 1e-6
+    update = lambda m: tx.update(m, tx.init(None), losses=jnp.ones(3))[0]  # noqa: E731
+    forth = jax.jit(jax.vmap(lambda m, t: jax.jvp(update, (m,), (t,))[1]))
+    back = jax.jit(jax.vmap(lambda m, t: jnp.sum(t * jax.grad(lambda m: jnp.sum(update(m)))(m))))
+    slopes = np.asarray(forth(jnp.float32(matrices), jnp.float32(along)))
+    changes = np.stack(
+        [
+            (by_hand(m + h * t) - by_hand(m - h * t)) / (2 * h)
+            for m, t in zip(matrices, along, strict=True)
+        ]
+    )
+    errors = np.linalg.norm(slopes - changes, axis=1) / np.linalg.norm(changes, axis=1)
+    assert np.quantile(errors, 0.95) < 1e-3
+    assert errors.max() < 0.1
+    total = back(jnp.float32(matrices), jnp.float32(along))
+    np.testing.assert_allclose(total, slopes.sum(axis=1), rtol=1e-2, atol=1e-2)
+
+
 def test_preferences_scale_the_rows_shares():
     matrix = np.array([[1, 0.5, 0], [-0.5, 1, 0], [0, 0, 2]], np.float32)  # orthogonal
     preference = np.array([0.2, 0.3, 0.5], np.float32)

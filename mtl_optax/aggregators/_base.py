@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from mtl_optax._numerics import bounded, divide, dot, safe_sqrt
+from mtl_optax._numerics import bounded, divide, dot
 from mtl_optax._options import check_choice, check_num_tasks, per_task
 from mtl_optax._typing import TaskOption
 from mtl_optax.jacobian import Jacobian
@@ -145,18 +145,20 @@ def row_factors(jacobian: Jacobian, cosines: jax.Array) -> SymmetricFactors:
 
     The eigenvectors of the computed cosines mix the unit rows U to nearly orthogonal ones A = T U;
     from the Gramian of those, found anew, U = V B W with an orthonormal W and a small B, whose
-    singular values are those of U. An error of eps in U so stays one of eps.
+    singular values are those of U. An error of eps in U so stays one of eps. That holds for any
+    T, which therefore has no part in a derivative.
     """
     eps = jnp.finfo(cosines.dtype).eps
     # Largest first: of a matrix graded so an SVD finds the small singular values.
-    values, vectors, _ = (x[..., ::-1] for x in factors(cosines))
+    values, vectors, _ = (x[..., ::-1] for x in jax.lax.stop_gradient(factors(cosines)))
     root = jnp.sqrt(jnp.maximum(values, values.size * eps * values[0]))
     mixing = divide(1, root)[:, None] * vectors.T
     products = jacobian.mixed_products(mixing)
     if products is None:
         return factors(cosines)
-    inner, rotation = jnp.linalg.eigh(jnp.where(jnp.isfinite(products), products, 0))
-    small = root[:, None] * rotation * safe_sqrt(inner)[None, :]
+    # Near the identity, but where rows are dependent: an eps keeps its root real.
+    products = jnp.where(jnp.isfinite(products), products, 0) + eps * jnp.eye(values.size)
+    small = root[:, None] * jnp.linalg.cholesky(products)
     left, singular, _ = jnp.linalg.svd(jnp.where(jnp.isfinite(small), small, 0))
     # Two tasks that are one differ by the rounding of their entries, which is no direction.
     kept = singular > _ROUNDING * values.size * eps * singular[0]

@@ -14,8 +14,9 @@ def imtl_g(num_tasks: int) -> optax.GradientTransformationExtraArgs:
               \langle d, g_i / \|g_i\|\rangle = \langle d, g_j / \|g_j\|\rangle \;\forall i, j
 
     With u the unit rows and C their cosines, :math:`\alpha_k \propto (C^+ 1)_k / \|g_k\|`. Weights
-    may be negative. Zero rows have no direction and are left out. Of dependent rows that admit no
-    equal projection (more tasks than parameters) it takes the least-squares one.
+    may be negative. Zero rows have no direction and are left out. Of dependent rows it takes the
+    least-squares projections: more tasks than parameters admit no equal ones, and opposite rows
+    none but 0, for which a third task would have to stand still.
 
     Args:
       num_tasks: number of tasks K; static, at least 1.

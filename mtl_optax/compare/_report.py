@@ -79,7 +79,7 @@ def page(results: dict[str, Any], pictures: dict[str, bytes]) -> str:
 <ul>
 <li><strong>Δm</strong> is the mean relative change of the metrics against {_baseline(results)},
 seed by seed, in percent: 100/K Σ ±(M<sub>k</sub> − B<sub>k</sub>)/|B<sub>k</sub>| (Maninis et al.,
-2019), where what is divided by is the mean over the seeds. Positive is better.
+2019), divided by no less than a tenth of the mean over the seeds. Positive is better.
 <strong>best</strong> is at the checkpoint that is best on the validation set, as are the metrics;
 <strong>at end</strong> is after the last step.</li>
 <li><strong>Δm vs equal</strong> and <strong>vs tuned</strong> are a strategy's Δm minus that of

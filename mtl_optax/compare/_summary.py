@@ -26,6 +26,7 @@ from mtl_optax.compare._statistics import (
 from mtl_optax.metrics import mean_rank
 
 SINGLE_TASK = "single task"
+NEAREST = 0.1  # to 0, of its mean over the seeds, that a baseline's metric is divided by
 MAX_COLUMNS = 4  # more metrics than these are summed up
 MAX_NAMED = 4  # in a sentence
 EQUAL, OVER_TUNED = "gain", "over_tuned"  # what a row is held against
@@ -96,9 +97,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
         runs[SINGLE_TASK] = singles
         values[SINGLE_TASK] = of(singles)
     baseline = values[SINGLE_TASK if singles else EQUAL_WEIGHTS][:, counted]
-    # Over the seeds: that of one may be near 0.
-    unit_of_change = np.abs(of_finite(np.nanmean, baseline))
-    unit_of_change = np.where(unit_of_change > 0, unit_of_change, 1.0)
+    # That of one seed may be near 0.
+    least = NEAREST * np.abs(of_finite(np.nanmean, baseline))
+    unit_of_change = np.maximum(np.abs(baseline), least)
+    unit_of_change = np.where(unit_of_change == 0, 1.0, unit_of_change)
 
     def changes(values: np.ndarray) -> np.ndarray:
         return signs[counted] * (values[:, counted] - baseline) / unit_of_change
@@ -386,7 +388,7 @@ def columns(results: dict[str, Any]) -> list[tuple[int, list[str]]]:
             (2, name, lambda r, m=m: metric(r, m)) for name, m in zip(names, metrics, strict=True)
         ]
     else:
-        made += [(4, "worst metric", worst)]
+        made += [(4, "worst metric\nvs baseline", worst)]
     alone = (SINGLE_TASK,)
     made += [
         (1, "Δm %\nbest", lambda r: "0" if r.name in alone else r.delta_m.text(signed=True)),
