@@ -1517,6 +1517,23 @@ def test_a_failed_strategy_changes_no_verdict():
         assert {name: with_bad[name] for name in verdicts} == verdicts
 
 
+def test_long_and_wide_names_fit_a_terminal(results):
+    strategies = {**results["strategies"], "名前" * 30: results["strategies"]["sum"]}
+    for width in (60, 80, 100, 140):
+        table = summary.text({**results, "strategies": strategies}, width)
+        assert max(map(summary._width, table.splitlines())) <= width
+        assert "名前" in table
+    assert ("名前" * 30) in summary.markdown({**results, "strategies": strategies})
+
+
+def test_a_page_shows_a_name_as_it_is(results):
+    strategies = {"a\\|b <i> *c*": results["strategies"][STRATEGY], **results["strategies"]}
+    table = summary.markdown({**results, "strategies": strategies})
+    line = next(line for line in table.splitlines() if line.startswith("| a"))
+    assert line.startswith(r"| a\\\|b \<i> \*c\* |")
+    assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == table.splitlines()[1].count("|")
+
+
 def test_metrics_keep_their_digits():
     problem = least_squares(
         lambda w, x: {"a": -1234567 - 10 * float(np.sum(np.asarray(w)))}, higher_is_better=False

@@ -41,7 +41,8 @@ pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; }
 @media (max-width: 80rem) {  /* a narrow screen: a line of the table becomes a card */
   .results thead { display: none; }
   .results tr { display: block; border-bottom: 2px solid #333; padding: .4rem 0; }
-  .results th, .results td { display: flex; justify-content: space-between; border: 0; }
+  .results th, .results td { display: flex; justify-content: space-between; border: 0;
+                             white-space: normal; }
   .results td:empty { display: none; }
   .results td::before { content: attr(data-label); color: #444; padding-right: 1rem; }
 }

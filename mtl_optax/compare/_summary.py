@@ -31,6 +31,7 @@ MAX_COLUMNS = 4  # more metrics than these are summed up
 MAX_NAMED = 4  # in a sentence
 EQUAL, OVER_TUNED = "gain", "over_tuned"  # what a row is held against
 _REFERENCES = (EQUAL_WEIGHTS, INVERSE_LOSSES, TUNED)
+SHORTEST = 12  # characters that are left of a long name
 PADDING = 2  # between the columns of a terminal
 
 
@@ -417,7 +418,9 @@ def fitting(results: dict[str, Any], width: float) -> list[list[str]]:
     limit = max(place for place, _ in every)
     while limit and sum(wide(c) for place, c in every if place <= limit) > width:
         limit -= 1
-    return [cells for place, cells in every if place <= limit]
+    names, *others = (cells for place, cells in every if place <= limit)
+    room = width - sum(map(wide, others)) - PADDING
+    return [[_cut(name, max(room, SHORTEST)) for name in names], *others]
 
 
 def text(results: dict[str, Any], width: int = 80) -> str:
@@ -436,6 +439,15 @@ def text(results: dict[str, Any], width: int = 80) -> str:
     return "\n".join(
         space.join(padded(i, cell) for i, cell in enumerate(line)).rstrip() for line in lines
     )
+
+
+def _cut(name: str, room: float) -> str:
+    """A name that is too long for the columns of a terminal, as far as it fits."""
+    if _width(name) <= room:
+        return name
+    while _width(name) >= room:
+        name = name[:-1]
+    return f"{name}…"
 
 
 def _width(cell: str) -> int:
