@@ -1683,6 +1683,14 @@ def test_metrics_in_python_have_the_same_names_on_every_split():
         mtl.compare.run(problem, [], seeds=1, live=False, checkpoints=2, candidates=1)
 
 
+def test_a_diagnosis_is_asked_for_by_the_command(capsys):
+    target = [f"{__name__}:PROBLEM", "--diagnose", "--steps", "8", "--batch-size", "32"]
+    command.main([*target, "--checkpoints", "2"])
+    assert "Try: " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="expected a multiple of checkpoints"):
+        command.main([*target, "--checkpoints", "3"])
+
+
 def test_one_loss_is_diagnosed():
     one = lambda w, x: {"a": fits(w, x)["a"]}  # noqa: E731
     problem = dataclasses.replace(least_squares(one, higher_is_better=False), loss_fn=one)

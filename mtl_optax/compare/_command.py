@@ -65,8 +65,9 @@ class Options:
     """Examples in a step."""
     learning_rates: tuple[float, ...] = ()
     """Grid of learning rates, from which every strategy gets its own."""
-    checkpoints: int = 10
-    """Looks at the validation and test sets; must divide the steps."""
+    checkpoints: int | None = None
+    """Looks at the validation and test sets, or at gradients for --diagnose; must divide the steps.
+    10 by default."""
     candidates: int = 8
     """Random static weights of which the best are the tuned baseline."""
     tune: bool = False
@@ -165,7 +166,7 @@ def _show_together(found: dict[str, Comparison], out: Path, console: Console) ->
 def _diagnosed(problem: Problem, options: Options) -> Diagnosis:
     from mtl_optax.compare import diagnose
 
-    names = ("seeds", "steps", "batch_size", "learning_rates")
+    names = ("seeds", "steps", "batch_size", "learning_rates", "checkpoints")
     given = {name: getattr(options, name) for name in names}
     return diagnose(problem, **{name: value for name, value in given.items() if value is not None})
 
