@@ -1540,6 +1540,8 @@ def test_metrics_keep_their_digits():
     )
     found = mtl.compare.run(problem, [], seeds=1, live=False, checkpoints=4, candidates=1)
     assert len(set(found.results["strategies"]["sum"]["test"]["a"][0])) == 4
+    ranks = [row.rank.mean for row in summary.rows(found.results) if row.rank]
+    assert len(ranks) > len(set(ranks)) > 1  # tuned weights may be one of the others
     traced = least_squares(lambda w, x: {"a": jnp.sum(w)})
     found = mtl.compare.run(traced, [], seeds=1, live=False, checkpoints=4, candidates=1)
     for value in found.results["strategies"]["sum"]["test"]["a"][0]:

@@ -90,7 +90,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
     runs = {name: dict.fromkeys(metrics, run) for name, run in strategies.items()}
     values = {name: of(run) for name, run in runs.items()}
     every = np.stack(list(values.values()))
-    ranks = dict(zip(values, np.asarray(mean_rank(every, higher_is_better=higher)), strict=True))
+    # Over how many each is: in single precision numbers would be equal that are not.
+    places = np.where(np.isnan(every), np.nan, (every[:, None] > every[None]).sum(axis=1))
+    ranks = dict(zip(values, np.asarray(mean_rank(places, higher_is_better=higher)), strict=True))
     signs = np.where(higher, 1.0, -1.0)
     worst = signs * np.where(np.isfinite(every), signs * every, np.inf).min(axis=(0, 1))
     worst = np.where(np.isfinite(worst), worst, np.nan)
