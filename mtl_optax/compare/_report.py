@@ -102,7 +102,8 @@ strategy.</li>
 <li><strong>flops and time</strong> are those of a training step relative to the plain step,
 <code>jax.grad</code> of the summed losses with the same optimizer: flops as the compiler counts
 them (a loop inside a strategy's solver counts as one turn), time as a ratio of medians, shown only
-where two runs of the plain step agree within 5 %.</li>
+where two runs of the plain step agree within 5 % and as many models were trained side by
+side.</li>
 </ul>
 <h2>Pictures</h2>
 {figures}
