@@ -6,8 +6,8 @@ the page is filled from what is there.
 """
 
 import dataclasses
+import json
 import shlex
-import shutil
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -124,17 +124,27 @@ def arguments(name: str, out: Path = OUT) -> list[str]:
     return [run.target, *strategies, *run.settings.split(), "--out", str(out / name)]
 
 
+def told(name: str) -> str:
+    """The command that repeats it, wherever it was run."""
+    return shlex.join(["mtl-compare", *arguments(name)])
+
+
+def keep(name: str, path: Path) -> None:
+    """Keeps a results.json with the command that repeats it, in place of the one that was given."""
+    results = json.loads(path.read_text(encoding="utf-8")) | {"command": told(name)}
+    (KEPT / name).mkdir(parents=True, exist_ok=True)
+    (KEPT / name / RESULTS).write_text(json.dumps(results), encoding="utf-8")
+
+
 def section(name: str, comparison: Comparison) -> str:
     """What the page says of a run: its command, the answer, the table, and what stands beside."""
     results = comparison.results
-    moved, told = last_change(results), shlex.join(["mtl-compare", *arguments(name)])
-    told = " \\\n".join(
-        line
-        for part in told.replace(" --", "\n  --").splitlines()
-        for line in textwrap.wrap(part, 88, subsequent_indent="    ")
+    moved, parts = last_change(results), told(name).replace(" --", "\n  --").splitlines()
+    wrapped = " \\\n".join(
+        line for part in parts for line in textwrap.wrap(part, 88, subsequent_indent="    ")
     )
     lines = [
-        f"```bash\n{told}\n```",
+        f"```bash\n{wrapped}\n```",
         comparison.markdown(WIDTH),
         *comparison.notes,
         f"Under equal weights the validation metrics moved by {moved:+.1f} % in the last fifth of "
@@ -183,8 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name in options.names:
         command.main(arguments(name, options.out))
-        (KEPT / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(options.out / name / RESULTS, KEPT / name / RESULTS)
+        keep(name, options.out / name / RESULTS)
     page = PAGE.read_text(encoding="utf-8")
     there = [name for name in RUNS if (KEPT / name / RESULTS).is_file()]
     found = {name: Comparison.load(KEPT / name / RESULTS) for name in there}

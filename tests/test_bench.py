@@ -154,6 +154,8 @@ def test_evidence_is_asked_for_by_commands_that_the_tool_understands(name):
     options = tyro.cli(command.Options, args=evidence.arguments(name))
     # Those that rest between refreshes are rows that their problem adds.
     assert {name.removesuffix("_every_10") for name in options.strategies} <= set(STRATEGIES)
+    kept = json.loads((evidence.KEPT / name / "results.json").read_text())
+    assert kept["command"] == evidence.told(name)
     module, function = options.problems[0].split(":")
     assert callable(getattr(importlib.import_module(module), function))
 

@@ -234,13 +234,14 @@ def build(setup: Setup, name: str, configs: Config) -> Program:
     data = source.data, source.first
     compiled = counted = jax.jit(advance).lower(state, configs, *data).compile()
     # The models of a seed share a batch: what one costs is told by as many as of the plain step.
-    some = jax.tree.map(lambda x: x[:, : len(settings.learning_rates)], (state, configs))
+    count = len(settings.learning_rates)
+    some = jax.tree.map(lambda x: x[:, :count], (state, configs))
     fallback = problem.present is not None and name != PLAIN
-    if fallback or some[1].rate.size < configs.rate.size:
+    if fallback or count < configs.rate.shape[1]:
         # XLA counts both branches, of which one is for gradients of absent tasks that are NaN. A
         # function of its own, or the trace of the one above would be found again.
         with without_fallbacks():
             counted = jax.jit(lambda *args: advance(*args)).lower(*some, *data).compile()
     # XLA counts the body of the scan once, so this is one step of all models.
     flops = (counted.cost_analysis() or {}).get("flops", float("nan"))
-    return Program(state, compiled, flops / some[1].rate.size)
+    return Program(state, compiled, flops / (settings.seeds * count))

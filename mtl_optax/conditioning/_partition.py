@@ -96,12 +96,12 @@ def partition(
         by_label = groups(jacobian.shared if params is None else params)
         treedef = jax.tree.structure(jacobian.shared)
         update, states = [None] * treedef.num_leaves, {}
+        of_all = {name: extra_args[name] for name in OF_PARAMETERS if name in extra_args}
         for label, chosen in by_label.items():
             own = None if params is None else _only(chosen, params)
             part, old = jacobian.part(chosen), state.inner_states[label]
-            of_all = {name: extra_args[name] for name in OF_PARAMETERS if name in extra_args}
             of_own = {name: _within(chosen, params, fn) for name, fn in of_all.items()}
-            result, states[label] = run(inner[label], part, old, own, {**extra_args, **of_own})
+            result, states[label] = run(inner[label], part, old, own, extra_args | of_own)
             for i, leaf in enumerate(jax.tree.leaves(result)):
                 update[i] = leaf if chosen[i] else update[i]
         return conform(treedef.unflatten(update), params), PartitionState(states)
@@ -123,14 +123,11 @@ def _flat_labels(labels: Any, params: Any) -> list[Any]:
 
 def _within(chosen: list[bool], params: Any, fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A function of the parameters as one of those of a group, the others as they are."""
+    leaves, treedef = jax.tree.flatten(params)
 
     def of_own(own: Any) -> Any:
-        pairs = zip(chosen, jax.tree.leaves(own), jax.tree.leaves(params), strict=True)
-        return fn(
-            jax.tree.unflatten(
-                jax.tree.structure(params), [new if c else old for c, new, old in pairs]
-            )
-        )
+        pairs = zip(chosen, jax.tree.leaves(own), leaves, strict=True)
+        return fn(treedef.unflatten([new if c else old for c, new, old in pairs]))
 
     return of_own
 
